@@ -1,0 +1,34 @@
+"""Choosing the fastest code: configurations, predicted cost, the contest on this machine, and the cache of its results."""
+
+from .cache import TuneCache
+from .config import from_text, space_of, to_text, tunable
+from .cost import EFFICIENCY, OVERHEAD, M, Machine, Work, break_even, dense_work, efficiency, predict, work
+from .measure import Timing, interleaved
+from .progress import progress
+from .search import Candidate, Effort, Result, contest, mismatch
+
+__all__ = [
+    "EFFICIENCY",
+    "OVERHEAD",
+    "Candidate",
+    "Effort",
+    "M",
+    "Machine",
+    "Result",
+    "Timing",
+    "TuneCache",
+    "Work",
+    "break_even",
+    "contest",
+    "dense_work",
+    "efficiency",
+    "from_text",
+    "interleaved",
+    "mismatch",
+    "predict",
+    "progress",
+    "space_of",
+    "to_text",
+    "tunable",
+    "work",
+]

@@ -1,0 +1,34 @@
+"""KernelSpec: what a kernel must compute; the only thing that passes from the compiler to code generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsecc.formats import Format
+
+Regime = Literal["many", "one"]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """y[M, N] = epilogue(sum_t W_t x + bias) + residual, W_t [N, K] stored in `formats[t]`, float32 accumulation.
+
+    M, N and K are run-time arguments, so layers of other sizes share the code. `layout` is y's: "row" (features consecutive)
+    or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders) or "one" (M = 1: decode).
+    `ragged`: N isn't a multiple of every block's rows. `wide`: coordinates need 32-bit indices.
+    """
+
+    formats: tuple[Format, ...]
+    epilogue: str = ""
+    residual: bool = False
+    layout: str = "row"
+    regime: Regime = "many"
+    ragged: bool = False
+    wide: bool = False
+
+    def __str__(self) -> str:
+        """`linear(bsr(4, 1) + csr) gelu +residual -> row, many`"""
+        tail = f" {self.epilogue}" if self.epilogue else ""
+        facts = f"{', ragged' if self.ragged else ''}{', wide' if self.wide else ''}"
+        return f"linear({' + '.join(map(str, self.formats))}){tail}{' +residual' if self.residual else ''} -> {self.layout}, {self.regime}{facts}"

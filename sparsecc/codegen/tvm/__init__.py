@@ -1,0 +1,1 @@
+"""The CPU target: TVMScript kernels, compiled by LLVM through TVM."""

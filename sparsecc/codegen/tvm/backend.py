@@ -1,0 +1,135 @@
+"""The CPU backend: specs to TVMScript, TVMScript to functions on raw pointers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.tvm.host import Isa, host_isa
+from sparsecc.codegen.tvm.spmm import spmm_source
+from sparsecc.codegen.tvm.spmv import spmv_source
+from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source, unpack_rows_source
+from sparsecc.debug import cache_dir
+
+_LOCK = threading.Lock()
+_LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True)
+class CpuConfig:
+    """vectors: token vectors per tile (spmm); unroll: kept blocks per loop step; chunk: rows per task."""
+
+    vectors: int = 2
+    unroll: int = 2
+    chunk: int = 128
+
+    VECTORS = (1, 2, 4)
+    UNROLL = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class TvmBackend:
+    """Kernels for one instruction set."""
+
+    isa: Isa
+    name: str = "cpu"
+
+    @staticmethod
+    @lru_cache
+    def of(isa: str = "") -> TvmBackend:
+        """The backend for this machine, or for a narrower instruction set that it runs. Raises TargetError."""
+        return TvmBackend(host_isa(isa))
+
+    def refuses(self, spec: KernelSpec) -> str | None:
+        """Why there is no kernel, or None."""
+        if not spec.formats:
+            return "low-rank terms run as two dense products"
+        for fmt in spec.formats:
+            if fmt.block[0] > 64 or fmt.block[1] > 64:
+                return f"blocks of {fmt.block[0]}x{fmt.block[1]} are larger than 64"
+        return None
+
+    def space(self, spec: KernelSpec) -> list[CpuConfig]:
+        """Most promising first."""
+        if spec.regime == "one":
+            return [CpuConfig(1, unroll) for unroll in (4, 8)]
+        rows = max(fmt.block[0] for fmt in spec.formats)
+        if rows == 1:
+            return [CpuConfig(4, 4), CpuConfig(4, 2), CpuConfig(2, 4)]
+        return [CpuConfig(2, 2), CpuConfig(4, 1), CpuConfig(4, 2), CpuConfig(1, 4)]
+
+    def source(self, spec: KernelSpec, config: CpuConfig) -> str:
+        """TVMScript of the kernel named after its family, `spmm` or `spmv`."""
+        if spec.regime == "one":
+            return spmv_source(spec, config.unroll, self.isa.lanes)
+        return spmm_source(spec, config.vectors, config.unroll, self.isa.lanes, self.isa.registers)
+
+    def load(self, source: str) -> Callable[..., Any]:
+        """Compile (about a second) or look up; takes pointers as ctypes.c_void_p and sizes as int."""
+        from sparsecc.codegen.tvm.pool import install
+
+        key = (self.isa, source)
+        with _LOCK:
+            if key not in _LOADED:
+                install()
+                _LOADED[key] = _module(source, self.isa)[_name(source)]
+            return _LOADED[key]
+
+    def pack_rows(self) -> Callable[..., Any]:
+        """Rows of features into tiles, see `tiles`."""
+        return self.load(pack_rows_source(self.isa.lanes))
+
+    def pack_tokens(self) -> Callable[..., Any]:
+        """Token-minor activations into tiles."""
+        return self.load(pack_tokens_source(self.isa.lanes))
+
+    def unpack_rows(self, residual: bool) -> Callable[..., Any]:
+        """Tiles into rows of features, plus a residual."""
+        return self.load(unpack_rows_source(self.isa.lanes, residual))
+
+
+def _module(source: str, isa: Isa) -> Any:
+    """Compiled code, from the cache's LLVM IR where it was compiled before (30 times faster than from text)."""
+    import tvm
+    from tvm.script import from_source
+    from tvm.script import tirx as T
+
+    tag = hashlib.sha256(f"{tvm.__version__} {isa} {source}".encode()).hexdigest()[:24]
+    folder = cache_dir()
+    stored = folder / "kernels" / f"{tag}.ll" if folder else None
+    if stored and stored.exists():
+        try:
+            return tvm.runtime.load_module(str(stored))
+        except Exception:  # a damaged file is compiled again and replaced
+            stored.unlink(missing_ok=True)
+    built: Any = tvm.compile(from_source(source, extra_vars={"T": T}), target=isa.target())
+    module = getattr(built, "mod", built)
+    if stored:
+        with contextlib.suppress(OSError):
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            partial = stored.with_name(f"{tag}.{os.getpid()}.tmp")
+            partial.write_text(module.inspect_source("ll"))
+            partial.replace(stored)
+    return module
+
+
+def _name(source: str) -> str:
+    return source.split("def ", 1)[1].split("(", 1)[0]
+
+
+@lru_cache
+def source_hash() -> str:
+    """Changes whenever the code that writes kernels does: part of the tuning cache's key."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.*")):
+        if path.suffix in (".py", ".ll"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

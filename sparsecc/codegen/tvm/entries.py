@@ -1,0 +1,71 @@
+"""Loops over the kept blocks of one parent, for every kind of level: the only place where kernels know how coordinates are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparsecc.codegen.tvm.writer import Writer
+from sparsecc.formats import Bitmap, Compressed, Dense, Format
+from sparsecc.formats.level import NM
+
+Body = Callable[[str, str, int], None]
+"""body(block, coordinate, accumulator set): writes the work on one kept block."""
+
+
+def pointers(fmt: Format, wide: bool, t: int) -> dict[str, str]:
+    """The arrays of term `t`, in the order of `fmt.components()`: parameter name -> element dtype."""
+    dtypes = {"ptr": "int32", "idx": "int32" if wide else "uint16", "bits": "uint16"}
+    if isinstance(fmt.level, NM):
+        dtypes["idx"] = "uint8"
+    dtypes["val"] = {"f32": "float32", "bf16": "uint16", "f16": "float16"}[str(fmt.codec)]
+    return {f"{name}{t}": dtypes[name] for name in fmt.components()}
+
+
+def value(fmt: Format, t: int, offset: str, lanes: int = 1) -> str:
+    """The stored value(s) at an offset, as float32."""
+    load = f"val{t}[{offset}]" if lanes == 1 else f"val{t}[T.ramp({offset}, 1, {lanes})]"
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    if str(fmt.codec) == "bf16":
+        shift = "T.uint32(16)" if lanes == 1 else f"T.broadcast(T.uint32(16), {lanes})"
+        return f'T.reinterpret("float32{suffix}", T.shift_left(T.Cast("uint32{suffix}", {load}), {shift}))'
+    return load if str(fmt.codec) == "f32" else f'T.Cast("float32{suffix}", {load})'
+
+
+def write_entries(w: Writer, fmt: Format, t: int, parent: str, coords: str, unroll: int, sets: int, body: Body) -> None:
+    """Loop over the kept blocks of `parent` (of `coords` coordinates), calling `body` with accumulator sets 0..sets-1 in turn."""
+    match fmt.level:
+        case Compressed():
+            w(f'lo{t}: T.let = T.Cast("int64", ptr{t}[{parent}])')
+            w(f'count{t}: T.let = T.Cast("int64", ptr{t}[{parent} + T.int64(1)]) - lo{t}')
+            at = lambda j: f'T.Cast("int64", idx{t}[{j}])'  # noqa: E731
+            with w.block(f"for j in range(count{t} // {unroll}):"):
+                for u in range(unroll):
+                    j = f"lo{t} + j * {unroll} + {u}"
+                    body(j, at(j), u % sets)
+            if unroll > 1:
+                with w.block(f"for j in range(count{t} % {unroll}):"):
+                    j = f"lo{t} + count{t} // {unroll} * {unroll} + j"
+                    body(j, at(j), 0)
+        case NM(n=n, m=m):
+            w(f"groups{t}: T.let = ({coords} + {m - 1}) // {m}")
+            with w.block(f"for g in range(groups{t}):"):
+                for s in range(n):
+                    j = f"({parent} * groups{t} + g) * {n} + {s}"
+                    body(j, f'g * {m} + T.Cast("int64", idx{t}[{j}])', s % sets)
+        case Dense():
+            with w.block(f"for c in range({coords}):"):
+                body(f"{parent} * {coords} + c", "c", 0)
+        case Bitmap():
+            w(f"words{t}: T.let = ({coords} + 15) // 16")
+            w(f'at{t} = T.alloc_buffer((1,), "int64", scope="local")')
+            w(f'mask{t} = T.alloc_buffer((1,), "int32", scope="local")')
+            w(f'at{t}[0] = T.Cast("int64", ptr{t}[{parent}])')
+            with w.block(f"for word in range(words{t}):"):
+                w(f'mask{t}[0] = T.Cast("int32", bits{t}[{parent} * words{t} + word])')
+                with w.block(f"while mask{t}[0] != 0:"):
+                    low = f'T.Cast("int64", T.call_llvm_pure_intrin("int32", "llvm.cttz", mask{t}[0], T.bool(True)))'
+                    body(f"at{t}[0]", f"word * 16 + {low}", 0)
+                    w(f"at{t}[0] = at{t}[0] + T.int64(1)")
+                    w(f"mask{t}[0] = T.bitwise_and(mask{t}[0], mask{t}[0] - 1)")
+        case other:
+            raise TypeError(f"no loop for level {other}")

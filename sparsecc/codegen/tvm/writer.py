@@ -1,0 +1,72 @@
+"""Lines of TVMScript with indentation, and the pieces that kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+ALIGN = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int32": 4}
+
+
+class Writer:
+    """Collects lines: `with w.block("for i in range(n):"): w("...")`."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.depth = 0
+        self.made = 0
+
+    def __call__(self, line: str) -> None:
+        self.lines.append("    " * self.depth + line)
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """An indented block under `head`."""
+        self(head)
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+    def block_if(self, condition: bool, head: str) -> AbstractContextManager[None]:
+        """A block where the condition holds, else just the lines."""
+        return self.block(head) if condition else nullcontext()
+
+    def let(self, name: str, value: str) -> str:
+        """Bind an expression to a new name and return that."""
+        self.made += 1
+        self(f"{name}_{self.made}: T.let = {value}")
+        return f"{name}_{self.made}"
+
+    @contextmanager
+    def function(self, name: str, pointers: Mapping[str, str], ints: tuple[str, ...]) -> Iterator[None]:
+        """A kernel: raw pointers (name -> element dtype) and int64 scalars. Only element alignment is promised: TVM would
+        otherwise assume 64 bytes and fault on a view such as `x[1:]`."""
+        params = [f'{p}_h: T.handle("{dtype}")' for p, dtype in pointers.items()] + [f"{i}: T.int64" for i in ints]
+        self("@T.prim_func(s_tir=True)")
+        with self.block(f"def {name}({', '.join(params)}):"):
+            self(f'T.func_attr({{"tirx.noalias": True, "global_symbol": "{name}"}})')
+            for pointer, dtype in pointers.items():
+                self(f'{pointer} = T.decl_buffer((T.int64(1) << T.int64(40),), "{dtype}", data={pointer}_h, align={ALIGN[dtype]})')
+            # Without tensor arguments TVM cannot see the device that local arrays live on.
+            self('T.attr(T.int32(0), "device_id", 0)')
+            self('T.attr(T.int32(0), "device_type", 1)')
+            yield
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def vec(buffer: str, offset: str | int, lanes: int) -> str:
+    """The vector of `lanes` elements at an offset; the scalar if lanes is 1."""
+    return f"{buffer}[{offset}]" if lanes == 1 else f"{buffer}[T.ramp({offset}, 1, {lanes})]"
+
+
+def splat(value: str, lanes: int) -> str:
+    """A scalar in every lane."""
+    return value if lanes == 1 else f"T.broadcast({value}, {lanes})"
+
+
+def constant(value: float, lanes: int) -> str:
+    """A float32 literal in every lane."""
+    return splat(f"T.float32({value!r})", lanes)

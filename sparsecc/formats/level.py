@@ -1,0 +1,205 @@
+"""Levels: who owns the coordinates of the stored blocks.
+
+A level sees a matrix of blocks as `occ: bool[P, C]`, P parents (rows of blocks) with C coordinates each, and turns it into index
+arrays and a list of slots, one per stored block in storage order. It knows nothing of values, block sizes or the order of
+parents; those belong to the codec and the swizzle. The split is TACO's (Kjolstad et al., "The Tensor Algebra Compiler", 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecc.errors import FormatError
+
+Arrays = dict[str, Tensor]
+Size = Any  # int, or a sympy expression where only a byte count is asked for
+
+
+def ceil_div(a: Size, b: int) -> Size:
+    """ceil(a / b), for integers and for sympy expressions."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Level:
+    """The interface. `str(level)` is its syntax; `components` names its arrays in their fixed order."""
+
+    components: ClassVar[tuple[str, ...]] = ()
+
+    def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
+        """bool[P, C] -> (index arrays, slots long[S, 2]).
+
+        A slot is (parent, coord); coord -1 marks a padding slot, whose value is zero. Raises FormatError when `refuses(occ)`.
+        """
+        raise NotImplementedError
+
+    def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
+        """The slots again, long[S, 2]. Padding slots may come back with the (free) coordinate that they occupy."""
+        raise NotImplementedError
+
+    def refuses(self, occ: Tensor) -> str | None:
+        """Why `occ` cannot be stored, or None."""
+        return None
+
+    def slots(self, P: Size, C: Size, nnz: Size) -> Size:
+        """How many slots hold `nnz` occupied blocks."""
+        return nnz
+
+    def dtypes(self, C: Size) -> dict[str, torch.dtype]:
+        """The dtype of each component."""
+        return {}
+
+    def nbytes(self, P: Size, C: Size, S: Size) -> Size:
+        """Bytes of the index arrays, given the number of slots."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Dense(Level):
+    """`dense`: every coordinate is stored, no index."""
+
+    def __str__(self) -> str:
+        return "dense"
+
+    def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
+        return {}, self.unpack({}, *occ.shape)
+
+    def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
+        return torch.cartesian_prod(torch.arange(P), torch.arange(C)).reshape(P * C, 2)
+
+    def slots(self, P: Size, C: Size, nnz: Size) -> Size:
+        return P * C
+
+
+@dataclass(frozen=True)
+class Compressed(Level):
+    """`csr`: the coordinates of the occupied blocks, ascending, in `idx`; `ptr[p]..ptr[p+1]` are those of parent p.
+
+    ptr int32[P+1]; idx uint16[S] when C <= 65536, else int32[S].
+    """
+
+    components: ClassVar[tuple[str, ...]] = ("ptr", "idx")
+
+    def __str__(self) -> str:
+        return "csr"
+
+    def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
+        slots = occ.nonzero()
+        idx = slots[:, 1].to(self.dtypes(occ.shape[1])["idx"])
+        return {"ptr": _row_pointers(occ), "idx": idx.contiguous()}, slots
+
+    def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
+        parent = torch.repeat_interleave(torch.arange(P), arrays["ptr"].long().diff())
+        return torch.stack([parent, arrays["idx"].long()], 1)
+
+    def dtypes(self, C: Size) -> dict[str, torch.dtype]:
+        wide = isinstance(C, int) and C > 1 << 16
+        return {"ptr": torch.int32, "idx": torch.int32 if wide else torch.uint16}
+
+    def nbytes(self, P: Size, C: Size, S: Size) -> Size:
+        return 4 * (P + 1) + self.dtypes(C)["idx"].itemsize * S
+
+
+@dataclass(frozen=True)
+class NM(Level):
+    """`nm(n, m)`: exactly n slots for every m consecutive coordinates; `idx` uint8[S] is the offset within the group.
+
+    Slots are ordered [parent, group, n] with strictly ascending offsets. A group with fewer than n blocks fills up with padding
+    slots on its lowest free offsets; those lie past C only where the last group has fewer than n coordinates.
+    """
+
+    n: int
+    m: int
+    components: ClassVar[tuple[str, ...]] = ("idx",)
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n <= self.m <= 256):
+            raise FormatError(f"nm(n, m) needs integers with 1 <= n <= m <= 256, got ({self.n}, {self.m})")
+
+    def __str__(self) -> str:
+        return f"nm({self.n}, {self.m})"
+
+    def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
+        if reason := self.refuses(occ):
+            raise FormatError(reason)
+        groups = self._groups(occ)
+        free = ~groups
+        room = self.n - groups.sum(-1, keepdim=True)
+        chosen = groups | (free & (free.cumsum(-1, dtype=torch.int16) <= room))
+        offset = chosen.view(-1).nonzero()[:, 0] % self.m
+        arrays: Arrays = {"idx": offset.to(torch.uint8)}
+        slots = self.unpack(arrays, *occ.shape)
+        slots[:, 1].masked_fill_(free[chosen], -1)
+        return arrays, slots
+
+    def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
+        groups = ceil_div(C, self.m)
+        first = self.m * torch.arange(groups).view(1, groups, 1)
+        coord = (first + arrays["idx"].long().view(P, groups, self.n)).reshape(-1)
+        parent = torch.arange(P).repeat_interleave(groups * self.n)
+        return torch.stack([parent, coord.masked_fill(coord >= C, -1)], 1)
+
+    def refuses(self, occ: Tensor) -> str | None:
+        counts = self._groups(occ).sum(-1)
+        bad = (counts > self.n).nonzero()
+        if not len(bad):
+            return None
+        p, g = bad[0].tolist()
+        first, last = g * self.m, min((g + 1) * self.m, occ.shape[1]) - 1
+        return f"row {p}, columns {first}-{last} hold {int(counts[p, g])} nonzeros, {self} stores at most {self.n}"
+
+    def slots(self, P: Size, C: Size, nnz: Size) -> Size:
+        return P * ceil_div(C, self.m) * self.n
+
+    def dtypes(self, C: Size) -> dict[str, torch.dtype]:
+        return {"idx": torch.uint8}
+
+    def nbytes(self, P: Size, C: Size, S: Size) -> Size:
+        return S
+
+    def _groups(self, occ: Tensor) -> Tensor:
+        P, C = occ.shape
+        return F.pad(occ, (0, -C % self.m)).view(P, ceil_div(C, self.m), self.m)
+
+
+@dataclass(frozen=True)
+class Bitmap(Level):
+    """`bitmap`: one bit per coordinate, bit j of word w for coordinate 16 w + j; `ptr` as the offset of a parent's first block.
+
+    ptr int32[P+1]; bits uint16[P, ceil(C / 16)].
+    """
+
+    components: ClassVar[tuple[str, ...]] = ("ptr", "bits")
+
+    def __str__(self) -> str:
+        return "bitmap"
+
+    def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
+        P, C = occ.shape
+        words = F.pad(occ, (0, -C % 16)).view(P, ceil_div(C, 16), 16)
+        bits = (words * self._weights()).sum(-1, dtype=torch.int32).to(torch.uint16)
+        return {"ptr": _row_pointers(occ), "bits": bits}, occ.nonzero()
+
+    def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
+        words = arrays["bits"].to(torch.int32).unsqueeze(-1) & self._weights()
+        return (words != 0).view(P, 16 * ceil_div(C, 16))[:, :C].nonzero()
+
+    def dtypes(self, C: Size) -> dict[str, torch.dtype]:
+        return {"ptr": torch.int32, "bits": torch.uint16}
+
+    def nbytes(self, P: Size, C: Size, S: Size) -> Size:
+        return 4 * (P + 1) + 2 * P * ceil_div(C, 16)
+
+    def _weights(self) -> Tensor:
+        return torch.ones(16, dtype=torch.int32) << torch.arange(16, dtype=torch.int32)
+
+
+def _row_pointers(occ: Tensor) -> Tensor:
+    """bool[P, C] -> int32[P+1], where each parent's blocks begin."""
+    return F.pad(occ.sum(1), (1, 0)).cumsum(0).to(torch.int32)

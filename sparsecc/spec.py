@@ -1,0 +1,127 @@
+"""What the user asks for: globs over module names -> pattern and value dtype."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, Union
+
+from .errors import SpecError
+from .formats.codec import Raw
+from .formats.pattern import Pattern, parse_pattern
+
+Mode = Literal["detect", "require", "dense"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for one weight.
+
+    detect:  exploit the zeros that are there (pattern None)
+    require: the weight must satisfy `pattern`
+    dense:   leave it alone
+    `codec` ("f32", "bf16", "f16") is the storage of its values, None the compiler's choice.
+    """
+
+    pattern: Pattern | None = None
+    codec: str | None = None
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.codec is not None and self.codec not in Raw.DTYPES:
+            raise SpecError(f"unknown codec {self.codec!r}: known are {', '.join(Raw.DTYPES)}")
+
+    @property
+    def mode(self) -> Mode:
+        return "dense" if self.dense else "detect" if self.pattern is None else "require"
+
+    def __str__(self) -> str:
+        what = str(self.pattern) if self.mode == "require" else self.mode
+        return f"{what}, {self.codec} values" if self.codec else what
+
+
+DETECT = Rule()
+
+RuleLike = Rule | Pattern | str | None
+SpecLike = Union["SparsitySpec", RuleLike, Mapping[str, RuleLike]]
+
+
+def options(pattern: RuleLike = None, codec: str | None = None) -> Rule:
+    """A rule with options: `options("block(4, 1)", codec="bf16")`. Raises SpecError on an unknown pattern or codec."""
+    rule = _rule(pattern)
+    return Rule(rule.pattern, codec or rule.codec, rule.dense)
+
+
+@dataclass(frozen=True)
+class SparsitySpec:
+    """Rules by glob (fnmatch over qualified module names, such as "encoder.layer.*.attention.self.query"); the last match wins.
+
+    A module that no glob matches is on "detect".
+    """
+
+    entries: tuple[tuple[str, Rule], ...] = ()
+
+    @staticmethod
+    def parse(sparsity: SpecLike) -> SparsitySpec:
+        """Reads what `compile` and `prune` accept: None or "detect", a pattern or its text, "dense", or a dict of globs to those.
+
+        One pattern means {"*": pattern}. Raises SpecError, with a caret for unreadable text and the glob it stood under.
+        """
+        if isinstance(sparsity, SparsitySpec):
+            return sparsity
+        if not isinstance(sparsity, Mapping):
+            rule = _rule(sparsity)
+            return SparsitySpec() if rule == DETECT else SparsitySpec((("*", rule),))
+        return SparsitySpec(tuple(_entry(glob, value) for glob, value in sparsity.items()))
+
+    def rule_for(self, module_name: str) -> Rule:
+        """The rule of the last entry whose glob matches."""
+        for glob, rule in reversed(self.entries):
+            if fnmatchcase(module_name, glob):
+                return rule
+        return DETECT
+
+    def names(self, module_name: str) -> bool:
+        """Whether a glob other than "*" matches: the user means this module, not just all of them."""
+        return any(glob != "*" and fnmatchcase(module_name, glob) for glob, _ in self.entries)
+
+    def check_globs(self, names: Iterable[str]) -> None:
+        """Raises SpecError if a glob other than "*" matches none of the names, listing the closest ones."""
+        names = list(names)
+        unknown = [glob for glob, _ in self.entries if glob != "*" and not any(fnmatchcase(name, glob) for name in names)]
+        if unknown:
+            raise SpecError("\n".join(f"{glob!r} matches no linear weight{_closest(glob, names)}" for glob in unknown))
+
+    def __str__(self) -> str:
+        return "; ".join(f"{glob} -> {rule}" for glob, rule in self.entries) or "detect"
+
+
+def _entry(glob: object, value: RuleLike) -> tuple[str, Rule]:
+    if not isinstance(glob, str):
+        raise SpecError(f"the keys of a sparsity dict are globs over module names, got {glob!r}")
+    try:
+        return glob, _rule(value)
+    except SpecError as error:
+        raise SpecError(f"sparsity[{glob!r}]: {error}") from None
+
+
+def _rule(value: RuleLike) -> Rule:
+    match value:
+        case Rule():
+            return value
+        case None | "detect":
+            return DETECT
+        case "dense":
+            return Rule(dense=True)
+        case Pattern():
+            return Rule(value)
+        case str():
+            return Rule(parse_pattern(value))
+    raise SpecError(f'a sparsity is a pattern, its text, "detect", "dense" or a dict of globs to those, got {value!r}')
+
+
+def _closest(glob: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(glob, names, 3, cutoff=0.4)
+    return f"; closest: {', '.join(close)}" if close else f"; the model has {len(names)}"

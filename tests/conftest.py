@@ -1,0 +1,46 @@
+"""Set-up shared by all tests: no network, two threads at most, a tuning cache of the run's own, modest property tests."""
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; models come from installed packages
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # silences a warning, changes no code
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Kernels compile inside properties: one slow example is no failure, and a few dozen examples say enough. HYPOTHESIS_PROFILE=deep digs.
+settings.register_profile("default", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("deep", parent=settings.get_profile("default"), max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sparsecc_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SPARSECC_CACHE for the whole run: nothing measured on this machine before may decide a test, and none of it is overwritten."""
+    path = tmp_path_factory.mktemp("sparsecc_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSECC_CACHE", str(path))
+        yield path
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where torch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
