@@ -10,6 +10,7 @@ They are read at each compile, so a test or a notebook may set them between two 
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
 import re
@@ -213,7 +214,7 @@ def _claim(root: Path) -> Path:
         try:
             path.mkdir(parents=True, exist_ok=True)
             with open(path / _CLAIM, "x") as marker:
-                marker.write(f"{Dumper.__doc__}\n")
+                marker.write(f"{inspect.cleandoc(Dumper.__doc__ or '')}\n")
             return path
         except FileExistsError as error:
             if not path.is_dir():

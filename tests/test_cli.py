@@ -91,6 +91,7 @@ def test_opt_runs_the_named_passes(program: str, capsys: pytest.CaptureFixture[s
 
 
 def test_opt_resumes_at_the_stage_of_the_text(program: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(program).write_text(TEXT.replace("s0", "3"))
     main(["opt", program])
     whole = capsys.readouterr().out
     main(["opt", program, "--passes", "canonicalize"])

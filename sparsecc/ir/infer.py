@@ -52,9 +52,8 @@ class _Propagate:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.names: dict[sympy.Symbol, sympy.Expr] = {}
+        self.names: dict[sympy.Symbol, sympy.Expr] = program.symbols
         mode = next((v.fake_mode for node in program.graph.nodes if isinstance(v := value_of(node), FakeTensor)), None)
-        self.parsed = mode is None
         self.mode = mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.symbols: dict[str, Any] = {}
         self.consts: dict[str, Any] = {}

@@ -117,6 +117,7 @@ class Program:
         self.stage = stage
         self.origin: dict[str, str] = dict(origin or {})
         self.regions: dict[str, Region] = {}
+        self.symbols: dict[Any, Any] = {}  # torch's symbol -> the name that the program's text gave it
 
     @property
     def graph(self) -> fx.Graph:
@@ -243,6 +244,7 @@ class Program:
         gm = make_module({**attrs, **modules}, graph)
         gm.meta.update(self.gm.meta)
         copy = Program(gm, self.stage, self.origin)
+        copy.symbols = dict(self.symbols)
         renamed = {old.name: new.name for old, new in values.items()}
         for name, region in self.regions.items():
             copy.regions[renamed.get(name, name)] = Region(**(vars(region) | {

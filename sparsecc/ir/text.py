@@ -24,7 +24,7 @@ from torch.fx.node import _get_qualified_name
 
 from sparsecc.errors import SparseccError, TextError
 from sparsecc.ir.invent import invent
-from sparsecc.ir.ops import LINEAR
+from sparsecc.ir.ops import LINEAR, parse_terms, split_params
 from sparsecc.ir.program import TYPE_KEY, LinearView, Program, get_attr, make_module
 from sparsecc.ir.types import TensorType, parse_type
 
@@ -202,14 +202,24 @@ class _Parser:
         kwargs = {str(k.arg): self._value(k.value) for k in call.keywords}
         path = self._dotted(call.func)
         if path == "sparsecc.linear":
-            if missing := [f for f in LinearView.FIELDS[4:] if f not in kwargs]:
-                raise self._error(call, f"sparsecc.linear lacks {', '.join(missing)}")
-            args, kwargs = (*args, *(kwargs.pop(f) for f in LinearView.FIELDS[4:])), kwargs
-            return self.graph.create_node("call_function", LINEAR, args, kwargs, name)
+            return self.graph.create_node("call_function", LINEAR, self._linear_args(call, args, kwargs), {}, name)
         head, _, rest = path.partition(".")
         if head in self.values and rest and "." not in rest:
             return self.graph.create_node("call_method", rest, (self.values[head], *args), kwargs, name)
         return self.graph.create_node("call_function", self._target(call.func, path), args, kwargs, name)
+
+    def _linear_args(self, call: ast.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Four values by position, four texts by name, in the op's order; the terms must parse and fit the params."""
+        values = dict(zip(LinearView.FIELDS[:4], args, strict=False)) | kwargs
+        if missing := [name for name in LinearView.FIELDS if name not in values]:
+            raise self._error(call, f"sparsecc.linear lacks {', '.join(missing)}")
+        if len(args) > 4 or set(values) - set(LinearView.FIELDS):
+            raise self._error(call, f"sparsecc.linear takes x, params, bias, residual, then by name {', '.join(LinearView.FIELDS[4:])}")
+        try:
+            split_params(parse_terms(values["terms"]), values["params"])
+        except SparseccError as error:
+            raise self._error(call, str(error).splitlines()[0]) from error
+        return tuple(values[name] for name in LinearView.FIELDS)
 
     def _target(self, place: ast.expr, path: str) -> Any:
         if path == "getattr":

@@ -87,7 +87,7 @@ def _random(node: fx.Node) -> bool:
 
 def _plain_name(name: str) -> str:
     """`fc.weight_orig`, `fc.parametrizations.weight.original0` -> `fc.weight`, the name that specs use."""
-    name = re.sub(r"\.?parametrizations\.(\w+)\.original\d*$", r".\1", name).lstrip(".")
+    name = re.sub(r"\.?parametrizations\.(\w+)\..*$", r".\1", name).lstrip(".")
     return re.sub(r"_(orig|mask|[gv])$", "", name)
 
 

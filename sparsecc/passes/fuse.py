@@ -113,7 +113,7 @@ def _bias(program: Program, node: fx.Node) -> fx.Node | None:
 
 def _residual(program: Program, node: fx.Node, writes: Writes | None = None) -> fx.Node | None:
     """add(linear(...), r) with r of the same shape --> linear(..., residual=r)"""
-    pairs = [(view, r) for y, r in _addends(node) if (view := _single(y)) is not None and isinstance(r, fx.Node)]
+    pairs = [(view, r) for y, r in _addends(node) if (view := _single(y)) is not None and isinstance(r, fx.Node) and r is not y]
     if not pairs:
         return None
     writes = writes or Writes(program)

@@ -70,7 +70,7 @@ def test_calls_as_the_signature_allows(captured_bert: tuple[BertModel, Captured]
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"input_ids": torch.zeros(1, 7, dtype=torch.long)}, ShapeError, "input_ids, dimension 0: size 1 is outside the captured range, 2 or more"),
+        ({"input_ids": torch.zeros(1, 7, dtype=torch.long)}, ShapeError, "input_ids, dimension 0: size 1 is outside .* 2 or more"),
         ({"attention_mask": torch.ones(2, 3, dtype=torch.long)}, ShapeError, "attention_mask, dimension 1: size 3, must equal input_ids"),
         ({"input_ids": torch.zeros(2, 7)}, ShapeError, "input_ids is f32, captured as i64"),
         ({"input_ids": torch.zeros(7, dtype=torch.long)}, ShapeError, "input_ids has 1 dimensions"),

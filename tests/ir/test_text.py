@@ -52,7 +52,7 @@ def test_given_tensors_are_shared() -> None:
     tensors = tensors_of(parse_program(PROGRAM))
     program = parse_program(PROGRAM, tensors)
     assert tensors_of(program)["up.bias"] is tensors["up.bias"]
-    with pytest.raises(TextError, match="no tensor was given for the constant 'up.bias'"):
+    with pytest.raises(TextError, match=r"no tensor was given for the constant 'up\.bias'"):
         parse_program(PROGRAM, {"up.weight": tensors["up.weight"], "down_w": tensors["down_w"]})
 
 
@@ -91,6 +91,7 @@ def program(x: "f32[4, 8]"):
         ("torch.nn.functional.silu", "os.system", "unknown function 'os.system'", 12),
         ("float(\"inf\")", "opaque(\"<thing>\")", "text cannot hold this argument: <thing>", 9),
         (', kernel="")\n    c', ")\n    c", "sparsecc.linear lacks kernel", 8),
+        ("(x, [w], b", "(x, [w, w], b", "take 1 tensors, got 2", 7),
         ("    d = ", "    c = ", "'c' is defined twice", 10),
     ],
 )

@@ -22,7 +22,9 @@ def test_text_round_trip(t: TensorType) -> None:
     assert parse_type(str(t)) == t
 
 
-@pytest.mark.parametrize("text", ["f32[]", "f32[s0, 384] % block(4, 1)", "f16[4096, 4096] % nm(2, 4) @ nm(2, 4).bf16", "b1[((s0 + 15)//16)]"])
+@pytest.mark.parametrize(
+    "text", ["f32[]", "f32[s0, 384] % block(4, 1)", "f16[4096, 4096] % nm(2, 4) @ nm(2, 4).bf16", "b1[((s0 + 15)//16)]"]
+)
 def test_print_is_the_inverse(text: str) -> None:
     assert str(parse_type(text)) == text
 

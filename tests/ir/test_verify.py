@@ -36,7 +36,6 @@ def test_a_good_program_passes() -> None:
         ('layout="row"', 'layout="token"', "fuse", "layout 'token' is not one of row"),
         ('epilogue="gelu"', 'epilogue="gulu"', "fuse", "unknown epilogue 'gulu'"),
         ('terms="f32[8, 16]"', 'terms="f32[8, 15]"', "fuse", "weight w is f32[8, 16], its term says f32[8, 15]"),
-        ('terms="f32[8, 16]"', 'terms="f32[8, 16] + f32[8, 16]"', "fuse", "take 2 tensors, got 1"),
         ('x: "f32[s0, 16]"', 'x: "f32[s0, 17]"', "fuse", "x is f32[s0, 17], but the weight has K = 16"),
         ('b: "f32[8]"', 'b: "f32[9]"', "fuse", "bias is f32[9], not [8]"),
         ("b, None, terms", "b, x, terms", "fuse", "residual is f32[s0, 16], the result f32[s0, 8]"),
@@ -46,6 +45,13 @@ def test_refusals(old: str, new: str, stage: str, message: str) -> None:
     with pytest.raises(VerifyError) as caught:
         verify(_program(old, new), stage)
     assert message in str(caught.value)
+
+
+def test_params_must_fit_the_terms() -> None:
+    program = _program()
+    next(program.linears()).replace(terms="f32[8, 16] + f32[8, 16]")
+    with pytest.raises(VerifyError, match="take 2 tensors, got 1"):
+        verify(program)
 
 
 def test_patterns_are_checked_on_demand() -> None:

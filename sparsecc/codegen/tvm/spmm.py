@@ -103,7 +103,7 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, width: int, unr
 
 def _guard(w: Writer, spec: KernelSpec, b: int):  # noqa: ANN202
     """Rows past N exist only where N isn't a multiple of the block's rows."""
-    return w.block_if(spec.ragged and b > 0, f"if row + {b} < N:")
+    return w.block_if(spec.ragged, f"if row + {b} < N:")
 
 
 def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, rows: int, sets: int, acc, y, panels: bool) -> None:  # noqa: ANN001
