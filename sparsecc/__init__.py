@@ -1,0 +1,16 @@
+"""sparsecc turns the sparsity of PyTorch models into speed."""
+
+from sparsecc import dynamo as _dynamo  # registers the torch.compile backend
+from sparsecc.compile import compile
+from sparsecc.errors import CaptureError, FormatError, PatternViolation, ShapeError, SparseccError, SpecError, TargetError, TextError, VerifyError
+from sparsecc.formats import ANY, block, cols, nm, rows, unstructured
+from sparsecc.prune import PruneReport, prune
+from sparsecc.runtime.module import CompiledModule
+from sparsecc.spec import SparsitySpec, options
+
+__version__ = "0.1.0"
+__all__ = [
+    "ANY", "CaptureError", "CompiledModule", "FormatError", "PatternViolation", "PruneReport", "ShapeError", "SparseccError",
+    "SparsitySpec", "SpecError", "TargetError", "TextError", "VerifyError", "block", "cols", "compile", "nm", "options", "prune",
+    "rows", "unstructured",
+]

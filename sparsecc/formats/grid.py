@@ -53,3 +53,8 @@ def keep_largest(scores: Tensor, k: int) -> Tensor:
 def span(what: str, first: int, end: int) -> str:
     """`row 3` or `rows 3-5`, in words for a message."""
     return f"{what} {first}" if end - first == 1 else f"{what}s {first}-{end - 1}"
+
+
+def kept_blocks(w: Tensor, block: tuple[int, int]) -> int:
+    """How many blocks of a matrix [N, K] hold a nonzero."""
+    return int((block_sums((matrix(w) != 0).float(), *block) > 0).sum())

@@ -1,7 +1,6 @@
 """Derives every node's type. The only writer of the type key, apart from the text parser."""
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -141,8 +140,3 @@ def _patterns(program: Program) -> None:
 def same_shape(a: TensorType | None, b: TensorType | None) -> bool:
     """Whether two types surely have the same shape and dtype."""
     return a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape
-
-
-def names_of(nodes: Iterable[fx.Node]) -> str:
-    """Node names for messages."""
-    return ", ".join(node.name for node in nodes)

@@ -32,8 +32,8 @@ STAGES: dict[str, Stage] = {
     "select": _GRAPH,
     "propagate": _GRAPH,
     "fuse": _GRAPH,
-    "layout": Stage(formats=False, kernels=False),
-    "pack": Stage(kernels=False),
+    "pack": Stage(layouts=("row",), kernels=False),
+    "layout": Stage(kernels=False),
     "lower": Stage(kernels=True),
 }
 ANYTHING = Stage()

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sparsecc.codegen.config import tunable
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.host import Isa, host_isa
 from sparsecc.codegen.tvm.spmm import spmm_source
@@ -27,12 +28,9 @@ _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
 class CpuConfig:
     """vectors: token vectors per tile (spmm); unroll: kept blocks per loop step; chunk: rows per task."""
 
-    vectors: int = 2
-    unroll: int = 2
-    chunk: int = 128
-
-    VECTORS = (1, 2, 4)
-    UNROLL = (1, 2, 4)
+    vectors: int = tunable(1, 2, 4, default=2)
+    unroll: int = tunable(1, 2, 4, 8, default=2)
+    chunk: int = tunable(64, 128, 256, default=128)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""compile(): capture -> PIPELINE -> kernels -> module. Reads as the pipeline."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from sparsecc import debug
+from sparsecc.autotune.cache import TuneCache
+from sparsecc.autotune.progress import progress
+from sparsecc.autotune.search import Effort
+from sparsecc.errors import SpecError, TargetError
+from sparsecc.explain import Explanation
+from sparsecc.ir.program import Program
+from sparsecc.ir.text import print_program
+from sparsecc.passes import PIPELINE
+from sparsecc.passes.context import Context
+from sparsecc.passes.manager import History, run_passes
+from sparsecc.runtime.module import CompiledModule
+from sparsecc.runtime.remainder import Remainder, finish
+from sparsecc.spec import SparsitySpec, SpecLike
+
+EFFORTS = ("none", "quick", "full")
+SECONDS = {"none": 60.0, "quick": 45.0, "full": 600.0}
+"""Budget of tuning, in seconds, unless `tune_seconds` is given."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compile` was asked for, checked."""
+
+    target: str = "cpu"
+    sparsity: SpecLike = None
+    autotune: Effort = "quick"
+    tune_seconds: float | None = None
+    remainder: Remainder = "auto"
+    spec: SparsitySpec = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", SparsitySpec.parse(self.sparsity))
+        if self.autotune not in EFFORTS:
+            raise SpecError(f"autotune={self.autotune!r}: use {', '.join(map(repr, EFFORTS))}")
+        if self.remainder not in ("auto", "inductor", "eager"):
+            raise SpecError(f"remainder={self.remainder!r}: use 'auto', 'inductor' or 'eager'")
+        kind = self.target.partition(":")[0]
+        if kind not in ("cpu", "reference"):
+            raise TargetError(f"target {self.target!r} has no backend here: use 'cpu', 'cpu:avx512', 'cpu:avx2', 'cpu:portable' or 'reference'")
+
+    def tuner(self, on_choice: Callable[[str], None]) -> Any:
+        """The target's tuner, None for the reference target. Imports the code generator. Raises TargetError."""
+        if self.target == "reference":
+            return None
+        from sparsecc.codegen.tvm.backend import TvmBackend
+        from sparsecc.runtime.tuner import CpuTuner
+
+        seconds = SECONDS[self.autotune] if self.tune_seconds is None else self.tune_seconds
+        return CpuTuner(TvmBackend.of(self.target.partition(":")[2]), self.autotune, seconds, TuneCache(), on_choice)
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    target: str = "cpu",
+    sparsity: SpecLike = None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",
+    autotune: Effort = "quick",
+    tune_seconds: float | None = None,
+    remainder: Literal["auto", "inductor", "eager"] = "auto",
+) -> CompiledModule:
+    """A module that computes what `model` computes, with the zeros of its linear weights skipped where that is faster.
+
+    target: "cpu" (the widest vectors of this machine), "cpu:avx512" | "cpu:avx2" | "cpu:portable", or "reference" (dense meaning).
+    sparsity: None or "detect" exploits the zeros that are there; a pattern ("2:4", "block(4, 1)", sparsecc.nm(2, 4)) is a requirement on
+      every linear weight; a dict maps globs over module names to patterns, "detect" or "dense".
+    example_inputs: a tuple of arguments or a dict of keyword arguments to capture with; by default capture waits for the first call.
+    dynamic_shapes: "auto" (whatever can vary may), None (fixed), or what torch.export takes.
+    autotune: "none" trusts the cost model, "quick" measures the best few candidates per layer, "full" all; `tune_seconds` caps it.
+    remainder: who runs the dense rest: "inductor", "eager", or "auto" (Inductor where there is a C++ compiler).
+
+    The weights are read at compile time: `load_state_dict` on the result compiles again, other changes to the model's weights do not show.
+    Raises SpecError, PatternViolation, TargetError, CaptureError (here, or at the first call if capture waits).
+    """
+    options = Options(target, sparsity, autotune, tune_seconds, remainder)
+    if options.target != "reference":
+        options.tuner(lambda name: None)  # a target that cannot serve says so now
+    module = CompiledModule(model, lambda program, inputs: build(program, inputs, options), dynamic_shapes)
+    if example_inputs is not None:
+        args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
+        module.capture(args, kwargs)
+    elif isinstance(model, ExportedProgram):
+        module.capture((), {})
+    return module
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program made callable: fn(*flat inputs) -> flat outputs, the history of its passes, and what was decided."""
+
+    run: Callable[..., Sequence[Any]]
+    history: History
+    explanation: Explanation
+
+
+def compile_program(program: Program, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Sequence[Any]]:
+    """A program (of the Dynamo backend, or parsed from text) as a function over flat inputs. `options` are those of `Options`."""
+    return build(program, example_inputs, Options(**options)).run
+
+
+def build(program: Program, example_inputs: Sequence[Any], options: Options) -> Built:
+    """Run the passes on a captured program, then hand the dense rest to Inductor."""
+    knobs = debug.knobs([one.name for one in PIPELINE])
+    dumper = debug.Dumper(knobs.dump) if knobs.dump else None
+    if dumper is not None:
+        dumper.weights(program)
+        types = [program.type(node) for node in program.inputs]
+        dumper.repro(print_program(program), [t for t in types if t is not None], {"target": options.target, "autotune": options.autotune})
+    texts: list[str] = []
+
+    def dump(step: Any) -> None:
+        if dumper is not None:
+            dumper.stage(len(texts), step.name, step.text, texts[-1] if texts else None)
+            texts.append(step.text)
+
+    with progress(_regions(program), sys.stderr.isatty()) as bar:
+        tuner = options.tuner(bar.step)
+        context = Context(options.spec, tuner)
+        history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
+    if dumper is not None and tuner is not None:
+        for name, source in tuner.sources().items():
+            dumper.kernel(name, source)
+        dumper.weights(history.program, "lowered.safetensors")
+    return Built(finish(history.program, options.remainder), history, explanation(history, options))
+
+
+def explanation(history: History, options: Options) -> Explanation:
+    """The regions as they stood before lowering, which returns dense ones to ATen."""
+    steps = [step for step in history.steps if step.name != "lower"]
+    regions = [steps[-1].program.region(view.node) for view in steps[-1].program.linears()]
+    header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
+    return Explanation(regions, header)
+
+
+def _regions(program: Program) -> int:
+    return sum("linear" in str(node.target) or "addmm" in str(node.target) for node in program.graph.nodes if node.op == "call_function")

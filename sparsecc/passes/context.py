@@ -1,0 +1,62 @@
+"""What the compiler lends to passes: the user's spec, and a tuner that knows the target."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from sparsecc.formats import Format
+from sparsecc.spec import SparsitySpec
+
+Kernel = Callable[[Tensor, list[Tensor], Tensor | None, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One linear to store and run: its weight [N, K] with zeros in it, the formats that may hold it, and the call around it.
+
+    `tokens`: M to tune for. `x_dtype`: of the activations.
+    """
+
+    name: str
+    weight: Tensor
+    formats: tuple[Format, ...]
+    tokens: int
+    epilogue: str
+    residual: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What won: a format and the text of a configuration, or neither (dense). Times in seconds, by candidate."""
+
+    format: Format | None
+    config: str
+    predicted: float | None
+    seconds: float | None
+    dense_seconds: float | None
+    break_even: float | None
+    reason: str
+    alternatives: dict[str, float] = field(default_factory=dict)
+
+
+class Tuner(Protocol):
+    """The target, as far as passes need it."""
+
+    def choose(self, problem: Problem) -> Choice:
+        """The fastest way that was measured, dense included."""
+        ...
+
+    def kernel(self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str) -> tuple[str, Kernel]:
+        """The key that stands in the program, and the code behind it."""
+        ...
+
+
+@dataclass
+class Context:
+    """`tuner` is None for the reference target, which runs the dense meaning of every op."""
+
+    spec: SparsitySpec = field(default_factory=SparsitySpec)
+    tuner: Tuner | None = None

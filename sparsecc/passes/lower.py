@@ -1,0 +1,66 @@
+"""lower: kernels by name; regions that stayed dense return to ATen, where Inductor fuses them with their neighbours.
+
+    y = linear(x, [ptr, idx, val], ..., kernel="")             -->  y = linear(x, [ptr, idx, val], ..., kernel="cpu 1536x384 linear(...)")
+    y = linear(x, [w], b, r, terms="f32[N, K]", epilogue="gelu")  -->  y = add(gelu(aten.linear(x, w, b)), r)
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from sparsecc.ir.ops import KERNELS, LINEAR
+from sparsecc.ir.program import LinearView, Program, Rule
+from sparsecc.passes.context import Context
+
+aten = torch.ops.aten
+
+ATEN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "relu": (aten.relu.default, {}),
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "silu": (aten.silu.default, {}),
+}
+
+
+@dataclass(frozen=True)
+class Lower:
+    """The pass; see the file's docstring."""
+
+    name: ClassVar[str] = "lower"
+    requires: ClassVar[tuple[str, ...]] = ("linears",)
+    ensures: ClassVar[tuple[str, ...]] = ("kernels",)
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        return {LINEAR: _to_aten}
+
+    def run(self, program: Program, context: Any = None) -> None:
+        tuner = context.tuner if isinstance(context, Context) else None
+        for view in program.linears():
+            if tuner is not None and all(term.format is not None for term in view.terms):
+                formats = [term.format for term in view.terms if term.format is not None]
+                config = str(program.region(view.node).more.get("config", ""))
+                key, kernel = tuner.kernel(formats, view.epilogue, view.residual is not None, view.layout, view.shape, config)
+                KERNELS[key] = kernel
+                view.replace(kernel=key)
+            elif not view.plain:
+                view.replace(kernel="dense meaning")  # low-rank terms and the reference target
+        program.rewrite(self.rules)
+
+
+def _to_aten(program: Program, node: fx.Node) -> fx.Node | None:
+    view = LinearView(node)
+    if not view.plain:
+        return None
+    call = program.graph.call_function
+    y = call(aten.linear.default, (view.x, view.params[0], view.bias))
+    if view.epilogue:
+        target, kwargs = ATEN[view.epilogue]
+        y = call(target, (y,), kwargs)
+    if view.residual is not None:
+        y = call(aten.add.Tensor, (y, view.residual))
+    return y

@@ -1,0 +1,108 @@
+"""pack: the storage that is fastest here, or dense where none pays.
+
+    y = linear(x, [w], terms="f32[N, K] % block(4, 1)")
+      -->  y = linear(x, [ptr, idx, val], terms="f32[N, K] % block(4, 1) @ bsr(4, 1)")
+
+The tuner measures the formats that can hold the pattern against the dense code. What loses keeps its dense weight.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Format, Pattern
+from sparsecc.formats.codec import Raw
+from sparsecc.formats.level import NM as NMLevel
+from sparsecc.ir.infer import value_of
+from sparsecc.ir.program import LinearView, Program, Region, Rule
+from sparsecc.passes.context import Choice, Context, Problem
+
+BITMAP_FROM = 0.25
+"""Above this density one bit per entry costs less than an index per nonzero."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The pass; see the file's docstring."""
+
+    name: ClassVar[str] = "pack"
+    requires: ClassVar[tuple[str, ...]] = ("linears",)
+    ensures: ClassVar[tuple[str, ...]] = ("packed",)
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        return {}
+
+    def run(self, program: Program, context: Any = None) -> None:
+        if not isinstance(context, Context) or context.tuner is None:
+            return
+        for view in program.linears():
+            if view.plain and view.terms[0].pattern != ANY and program.is_const(view.params[0]):
+                _pack(program, view, context)
+
+
+def _pack(program: Program, view: LinearView, context: Context) -> None:
+    assert context.tuner is not None
+    weight, pattern, region = program.const(view.params[0]), view.terms[0].pattern, program.region(view.node)
+    name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
+    codec = context.spec.rule_for(name).codec
+    formats = formats_for(pattern, weight, codec)
+    kept = [fmt for fmt in formats if fmt.refuses(weight) is None]
+    tokens = tokens_of(view.x)
+    region.more |= {"m": tokens, "shape": tuple(weight.shape), "zeros": 1 - int(weight.count_nonzero()) / max(1, weight.numel()),
+                    "dense_bytes": weight.numel() * weight.element_size()}
+    if not kept or tokens == 0:
+        region.reason = "no tokens" if kept else f"no format holds it: {formats[0].refuses(weight)}"
+        return
+    choice = context.tuner.choose(Problem(name, weight, tuple(kept), tokens, view.epilogue, view.residual is not None))
+    _note(region, choice)
+    if choice.format is None:
+        return
+    arrays = choice.format.pack(weight)
+    hint = str(view.params[0].target)
+    params = [program.add_const(f"{hint}_{part}", array, program.weight_name(view.params[0])) for part, array in arrays.items()]
+    region.bytes = sum(array.numel() * array.element_size() for array in arrays.values())
+    view.replace(params=params, terms=(view.terms[0].with_(format=choice.format),))
+
+
+def formats_for(pattern: Pattern, weight: Tensor, codec: str | None) -> list[Format]:
+    """Formats that can hold the zeros of `pattern`, the natural one first; none approximates unless the codec was asked for by name."""
+    density = int(weight.count_nonzero()) / max(1, weight.numel())
+    natural: list[Format] = []
+    if isinstance(pattern, Block):
+        natural.append(Format(Compressed(), (pattern.rows, pattern.cols)))
+    if isinstance(pattern, NM):
+        natural.append(Format(NMLevel(pattern.n, pattern.m)))
+    if not natural or natural[0].block == (1, 1):
+        natural.append(Format(Compressed()))
+        if density >= BITMAP_FROM:
+            natural.append(Format(Bitmap()))
+    raw = Raw(codec) if codec else Raw()
+    if codec is None:
+        for smaller in (Raw("bf16"), Raw("f16")):
+            if weight.dtype == smaller.torch_dtype:
+                raw = smaller
+    return [replace(fmt, codec=raw) for fmt in natural]
+
+
+def tokens_of(x: fx.Node) -> int:
+    """M of the example: the product of x's leading dimensions, symbols at their hints."""
+    count = 1
+    for size in value_of(x).shape[:-1]:
+        count *= size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 128)
+    return count
+
+
+def _note(region: Region, choice: Choice) -> None:
+    region.format = "dense" if choice.format is None else str(choice.format)
+    region.choice = "dense" if choice.format is None else f"{choice.format} {choice.config}"
+    region.reason = choice.reason
+    region.times = {name: 1e6 * seconds for name, seconds in choice.alternatives.items()}
+    for key, value in (("predicted_us", choice.predicted), ("measured_us", choice.seconds), ("dense_us", choice.dense_seconds)):
+        if value is not None:
+            region.more[key] = 1e6 * value
+    region.more["break_even"] = choice.break_even
+    region.more["config"] = choice.config

@@ -1,0 +1,103 @@
+"""select: which zeros each weight has, or must have.
+
+    y = linear(x, [w], terms="f32[N, K]")     -->  y = linear(x, [w], terms="f32[N, K] % block(4, 1)")
+
+Under "detect" the pattern is the most structured one that explains the zeros that are there. A named pattern is a requirement:
+a weight that breaks it raises.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from sparsecc.errors import PatternViolation
+from sparsecc.formats import ANY, Pattern, measure
+from sparsecc.ir.program import LinearView, Program, Region, Rule
+from sparsecc.passes.context import Context
+from sparsecc.spec import SparsitySpec
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Select:
+    """The pass; see the file's docstring."""
+
+    name: ClassVar[str] = "select"
+    requires: ClassVar[tuple[str, ...]] = ("linears",)
+    ensures: ClassVar[tuple[str, ...]] = ("patterns",)
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        return {}
+
+    def run(self, program: Program, context: Any = None) -> None:
+        spec = context.spec if isinstance(context, Context) else SparsitySpec()
+        views = [view for view in program.linears() if view.plain and program.is_const(view.params[0])]
+        spec.check_globs([_module(program, view) for view in views])
+        for view in views:
+            _select(program, view, spec)
+
+
+def _select(program: Program, view: LinearView, spec: SparsitySpec) -> None:
+    weight, name = program.const(view.params[0]), _module(program, view)
+    region = program.region(view.node)
+    region.more["shape"] = tuple(weight.shape)
+    region.more["dense_bytes"] = weight.numel() * weight.element_size()
+    rule = spec.rule_for(name)
+    if rule.mode == "dense":
+        region.reason = "the spec leaves it dense"
+    elif weight.dtype not in FLOATS:
+        region.reason = f"weights of {weight.dtype} are not packed"
+    elif rule.mode == "require" and _tied(view.params[0]) and not spec.names(name):
+        region.reason = "tied to an embedding: name it in the spec to include it"
+    elif weight.numel() == 0:
+        region.reason = "empty weight"
+    else:
+        pattern = _required(name, weight, rule.pattern) if rule.pattern is not None else _found(region, weight)
+        if rule.pattern is not None:
+            region.more["zeros"] = _zeros(weight)
+        if pattern != ANY:
+            region.pattern = str(pattern)
+            view.replace(terms=(view.terms[0].with_(pattern=pattern),))
+
+
+def _required(name: str, weight: Tensor, pattern: Pattern) -> Pattern:
+    violation = pattern.mask_violation(weight)
+    if violation:
+        raise PatternViolation(
+            f"{name}.weight must be {pattern}, but {violation}. "
+            f"Make it so with sparsecc.prune(model, {{{name!r}: {str(pattern)!r}}}), or ask for sparsity=\"detect\""
+        )
+    return pattern
+
+
+def _found(region: Region, weight: Tensor) -> Pattern:
+    measured = measure(weight)
+    region.more["zeros"] = 1 - measured.density
+    pattern = measured.explain()
+    if pattern == ANY:
+        zeros = 1 - measured.density
+        region.reason = "no zeros" if zeros == 0 else f"only {zeros:.1%} zeros"
+    return pattern
+
+
+def _zeros(weight: Tensor) -> float:
+    return 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+
+
+def _tied(node: fx.Node) -> bool:
+    """Whether something other than linears reads the weight, such as the embedding that shares it."""
+    return any(not _reads_as_weight(node, user) for user in node.users)
+
+
+def _reads_as_weight(node: fx.Node, user: fx.Node) -> bool:
+    return user.op == "call_function" and "sparsecc.linear" in str(user.target) and user.args[0] is not node
+
+
+def _module(program: Program, view: LinearView) -> str:
+    return program.weight_name(view.params[0]).removesuffix(".weight")

@@ -1,0 +1,194 @@
+"""CompiledModule: the model's own call, served by compiled programs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from sparsecc.capture import Captured, capture
+from sparsecc.errors import CaptureError, ShapeError, SparseccError
+from sparsecc.explain import Explanation
+from sparsecc.ir.program import Program
+
+VARIANTS = 8
+"""How many captures of one model (other argument structures, other fixed sizes) a module keeps."""
+
+Build = Callable[[Program, Sequence[Any]], Any]
+
+
+class CompiledModule(nn.Module):
+    """An nn.Module with the model's signature, outputs and state_dict.
+
+    It captures at the first call unless it was compiled with example inputs; a call that no capture fits is captured too (with
+    explicit example inputs it raises ShapeError). What torch.export cannot take, such as a KV cache, goes through Dynamo.
+    Calls are safe from several threads. It cannot be pickled: save the model, and compile after loading.
+    """
+
+    def __init__(self, model: nn.Module | ExportedProgram, build: Build, dynamic_shapes: Any = "auto") -> None:
+        super().__init__()
+        self.training = False
+        self.__dict__["_model"] = model  # not a submodule: names in state_dict stay the model's
+        self._build = build
+        self._dynamic_shapes = dynamic_shapes
+        self._explicit = False
+        self._variants: list[tuple[Captured, Any]] = []
+        self._dynamo: Callable[..., Any] | None = None
+        self._graphs: list[Any] = []
+        self._lock = threading.RLock()
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Capture and compile for these example inputs; calls must then fit them. Raises CaptureError."""
+        self._explicit = True
+        self._add(args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._dynamo is not None:
+            with torch.no_grad():
+                return self._dynamo(*args, **kwargs)
+        misfit: Exception | None = None
+        for captured, built in self._variants:
+            try:
+                flat = captured.flatten(args, kwargs)
+                captured.check(flat)
+            except ShapeError as error:
+                misfit = misfit or error
+                continue
+            return captured.unflatten(built.run(*flat))
+        if misfit is not None and (self._explicit or len(self._variants) >= VARIANTS):
+            raise misfit
+        with self._lock:
+            self._serve(args, kwargs)
+        return self.forward(*args, **kwargs)
+
+    def _serve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Make a variant for this call, by export where it can go, else switch to Dynamo."""
+        if self._dynamo is not None or any(_fits(captured, args, kwargs) for captured, _ in self._variants):
+            return  # another thread did it
+        model = self._model
+        if isinstance(model, ExportedProgram):
+            self._add(args, kwargs)
+            return
+        if not has_cache(model, args, kwargs):
+            try:
+                self._add(args, kwargs)
+                return
+            except CaptureError as error:
+                if model.training:
+                    raise
+                reason = error
+        else:
+            reason = None
+        if model.training:
+            raise CaptureError(f"{type(model).__name__} is in train mode: call model.eval() first, sparsecc compiles for inference")
+        self._dynamo = self._through_dynamo(model, reason)
+
+    def _through_dynamo(self, model: nn.Module, reason: Exception | None) -> Callable[..., Any]:
+        """torch.compile with our backend; `reason` is why export could not go, shown if Dynamo cannot either."""
+        from sparsecc.dynamo import Frozen
+
+        def compile_program(program: Program, inputs: Sequence[Any]) -> Callable[..., Any]:
+            built = self._build(program, inputs)
+            self._graphs.append(built)
+            return built.run
+
+        def backend(gm: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            return Frozen(gm, compile_program)
+
+        compiled = torch.compile(model, backend=backend, dynamic=True)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                inner = error.inner_exception if hasattr(error, "inner_exception") else error.__cause__
+                raise (inner if isinstance(inner, SparseccError) else CaptureError(f"{error}; torch.export: {reason}")) from error
+
+        return call
+
+    def _add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        captured = capture(self._model, args, kwargs, self._dynamic_shapes)
+        flat = captured.flatten(args, kwargs) if args or kwargs else []
+        self._variants.append((captured, self._build(captured.program, flat)))
+
+    # ---- what was done
+
+    @property
+    def graphs(self) -> list[Any]:
+        """One entry per compiled graph: `.history` of its passes, `.explanation`."""
+        return [built for _, built in self._variants] + list(self._graphs)
+
+    def explain(self, graph: int = 0) -> Explanation:
+        """The table of decisions, of the first graph or another. Raises CaptureError before anything was compiled."""
+        return self._graph(graph).explanation
+
+    def ir(self, stage: str | None = None, graph: int = 0) -> str:
+        """The program after a pass ("capture" is what came in), by default the pass history: a line per stage.
+
+        Raises SpecError for an unknown stage."""
+        history = self._graph(graph).history
+        if stage is not None:
+            return history.after(stage).text
+        return "\n".join(f"{i:02d} {s.name:<14}{len(s.program.graph.nodes):>6} nodes {1e3 * s.seconds:>9.1f} ms" for i, s in enumerate(history.steps))
+
+    def _graph(self, index: int) -> Any:
+        graphs = self.graphs
+        if not graphs:
+            raise CaptureError("nothing is compiled yet: call the module once, or give example_inputs to compile()")
+        return graphs[index]
+
+    # ---- the model's state
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads into the model; the next call compiles again."""
+        result = self._model.load_state_dict(state_dict, *args, **kwargs)
+        with self._lock:
+            self._variants, self._graphs, self._dynamo, self._explicit = [], [], None, False
+        return result
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Compiled modules are for inference. Raises CaptureError for mode=True."""
+        if mode:
+            raise CaptureError("a compiled module is for inference: train the model, then compile it again")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the model (config, dtype, ...) are the compiled module's too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_model")
+            if model is None or name.startswith("__"):
+                raise
+            return getattr(model, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CaptureError("a compiled module holds machine code and cannot be pickled: save the model (or its state_dict) and compile after loading")
+
+
+def has_cache(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the call carries or would return a KV cache, which torch.export does not keep."""
+    given = pytree.tree_leaves((tuple(args), dict(kwargs)), is_leaf=lambda value: type(value).__name__.endswith("Cache"))
+    if any(type(value).__name__.endswith("Cache") for value in given):
+        return True
+    config = getattr(model, "config", None)
+    decodes = getattr(model, "can_generate", None)
+    wanted = kwargs.get("use_cache", getattr(config, "use_cache", False))
+    return bool(wanted and callable(decodes) and decodes())
+
+
+def _fits(captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        captured.check(captured.flatten(args, kwargs))
+    except ShapeError:
+        return False
+    return True

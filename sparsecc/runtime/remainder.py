@@ -1,0 +1,67 @@
+"""The dense rest of a lowered program: Inductor fuses it around our ops; without a C++ compiler it runs eagerly."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch._guards import TracingContext, detect_fake_mode, tracing
+
+from sparsecc.ir.infer import value_of
+from sparsecc.ir.program import Program
+
+Remainder = Literal["auto", "inductor", "eager"]
+
+
+def finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[Any]]:
+    """fn(*flat inputs) -> flat outputs. Under "auto" a program that Inductor cannot take runs eagerly, with a warning."""
+    if remainder == "eager" or (remainder == "auto" and not has_compiler()):
+        return _eager(program)
+    try:
+        return _inductor(program)
+    except Exception as error:
+        if remainder == "inductor":
+            raise
+        first = str(error).strip().partition("\n")[0]
+        warnings.warn(f"sparsecc: Inductor cannot compile the dense remainder ({type(error).__name__}: {first}); it runs eagerly", stacklevel=2)
+        return _eager(program)
+
+
+@lru_cache
+def has_compiler() -> bool:
+    """Whether Inductor will find a C++ compiler."""
+    from torch._inductor import config
+
+    names = config.cpp.cxx if isinstance(config.cpp.cxx, tuple | list) else (config.cpp.cxx,)
+    return any(shutil.which(name) for name in (*names, os.environ.get("CXX"), "g++", "clang++") if name)
+
+
+def _eager(program: Program) -> Callable[..., Sequence[Any]]:
+    gm = program.gm
+
+    def run(*inputs: Any) -> Sequence[Any]:
+        with torch.no_grad():
+            return gm(*inputs)
+
+    return run
+
+
+def _inductor(program: Program) -> Callable[..., Sequence[Any]]:
+    from torch._inductor.compile_fx import compile_fx
+
+    copy = program.clone()
+    fakes = [value_of(node) for node in copy.inputs]
+    mode = detect_fake_mode([fake for fake in fakes if isinstance(fake, torch.Tensor)])
+    with torch.no_grad(), tracing(TracingContext(mode)):
+        compiled: Any = compile_fx(copy.gm, fakes)
+
+    def run(*inputs: Any) -> Sequence[Any]:
+        with torch.no_grad():
+            return compiled(*inputs)
+
+    return run

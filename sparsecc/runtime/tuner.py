@@ -1,0 +1,175 @@
+"""Which storage and configuration run a layer fastest here: candidates, the contest, and the memory of its results."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecc.autotune.cache import TuneCache
+from sparsecc.autotune.cost import Machine, break_even, dense_work, efficiency, predict, work
+from sparsecc.autotune.search import Candidate, Effort, Result, contest
+from sparsecc.codegen.config import from_text, to_text
+from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.formats import Dense, Format
+from sparsecc.formats.grid import kept_blocks
+from sparsecc.ir.ops import ACTIVATIONS
+from sparsecc.passes.context import Choice, Problem
+from sparsecc.runtime.launch import LinearKernel
+
+TOLERANCE = 2e-5
+"""Largest error of a candidate, as a fraction of the largest output: float32 accumulation in another order."""
+
+WINS_BY = 0.97
+"""A candidate replaces dense code only if it takes at most this fraction of its time: below that, noise decides."""
+
+
+@dataclass
+class CpuTuner:
+    """Chooses and makes kernels for one backend and number of threads. Equal layers are measured once."""
+
+    backend: TvmBackend
+    effort: Effort = "quick"
+    seconds: float = 45.0
+    cache: TuneCache = field(default_factory=TuneCache)
+    on_choice: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self._deadline = time.monotonic() + self.seconds
+        self._kernels: dict[str, LinearKernel] = {}
+        self._used: dict[str, tuple[LinearKernel, int]] = {}
+
+    def choose(self, problem: Problem) -> Choice:
+        """The fastest of the candidates and the dense code, from the cache if this was measured before."""
+        candidates = self._candidates(problem)
+        key = self._key(problem, candidates)
+        found = self.cache.get(key)
+        if found is None:
+            started = time.monotonic()
+            results = self._contest(problem, candidates)
+            found = {"results": [vars(r) for r in results], "seconds": time.monotonic() - started}
+            if self.effort != "none" and not any(r.error and "out of time" in r.error for r in results):
+                self.cache.put(key, found)
+        self.on_choice(problem.name)
+        return self._choice(problem, [Result(**r) for r in found["results"]], candidates)
+
+    def kernel(
+        self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str
+    ) -> tuple[str, LinearKernel]:
+        """The key that stands in the program, and the kernel, one per shape, spec and configuration."""
+        spec = _spec(tuple(formats), epilogue, residual, layout, shape)
+        key = f"cpu:{self.backend.isa.name} {shape[0]}x{shape[1]} {spec} {config}"
+        if key not in self._kernels:
+            self._kernels[key] = LinearKernel(self.backend, spec, from_text(config, CpuConfig), shape)
+        return key, self._kernels[key]
+
+    def sources(self) -> dict[str, str]:
+        """The text of every kernel in use, by a name for its file."""
+        return {key: kernel.source(tokens) for key, (kernel, tokens) in self._used.items()}
+
+    def _candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
+        """By name, the most promising first within each format."""
+        found: dict[str, tuple[Format, CpuConfig]] = {}
+        regime = "one" if problem.tokens == 1 else "many"
+        for fmt in problem.formats:
+            spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=regime)
+            if self.backend.refuses(spec) is None:
+                for config in self.backend.space(spec):
+                    found[f"{fmt} {to_text(config)}"] = (fmt, config)
+        return found
+
+    def _contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
+        call = Call(problem)
+        machine = Machine.measured(torch.get_num_threads())
+        N, K = problem.weight.shape
+        dense_time = predict(dense_work(N, K), problem.tokens, machine, efficiency(Format(Dense())))
+        entrants = []
+        ranks: dict[Format, int] = {}
+        for name, (fmt, config) in candidates.items():
+            rank = ranks[fmt] = ranks.get(fmt, -1) + 1
+            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), problem.tokens, machine, efficiency(fmt))
+            # Configurations of a format stand in the backend's order: the model doesn't know registers.
+            entrants.append(Candidate(name, seconds * (1 + 0.15 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
+        return contest(Candidate("dense", dense_time, call.dense), entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline)
+
+    def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
+        dense = next(r for r in results if r.name == "dense")
+        times = {r.name: r.seconds for r in results if r.seconds is not None}
+        sparse = next((r for r in results if r.name in candidates and r.error is None), None)
+        if sparse is None:
+            errors = "; ".join(f"{r.name}: {r.error}" for r in results if r.error)[:300]
+            return Choice(None, "", dense.predicted, dense.seconds, dense.seconds, None, f"no candidate ran: {errors}", times)
+        fmt, config = candidates[sparse.name]
+        zeros = 1 - int(problem.weight.count_nonzero()) / problem.weight.numel()
+        even = None
+        if sparse.seconds is not None and dense.seconds is not None:
+            even = break_even({zeros: sparse.seconds}, dense.seconds)
+            wins, by, how = sparse.seconds <= WINS_BY * dense.seconds, dense.seconds / sparse.seconds, "measured"
+        else:
+            wins, by, how = sparse.predicted < dense.predicted, dense.predicted / sparse.predicted, "predicted"
+        at = "" if even is None else f"; break-even at {even:.0%} zeros"
+        if wins:
+            return Choice(fmt, to_text(config), sparse.predicted, sparse.seconds, dense.seconds, even, f"{by:.2f}x dense, {how}{at}", times)
+        reason = f"dense is faster: {fmt} would run at {by:.2f}x of its speed, {how}{at}"
+        return Choice(None, "", sparse.predicted, sparse.seconds, dense.seconds, even, reason, times)
+
+    def _key(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> str:
+        """Equal for layers that would be measured alike: shape, candidates, density to 2 %, call, machine, code."""
+        N, K = problem.weight.shape
+        density = round(50 * int(problem.weight.count_nonzero()) / max(1, problem.weight.numel()))
+        machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
+        digest = hashlib.sha256(f"{list(candidates)} {machine} {self.effort}".encode()).hexdigest()[:16]
+        tokens = problem.tokens if problem.tokens <= 2 else 2 ** math.ceil(math.log2(problem.tokens))
+        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}"
+        return f"{N}x{K} {problem.weight.dtype} M={tokens} kept={density / 50:.2f} {call} {digest}"
+
+
+class Call:
+    """The problem with made-up activations: as the dense code runs it, as a candidate does, and in float64."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        N, K = problem.weight.shape
+        random = torch.Generator().manual_seed(0)
+        self.x = torch.randn(problem.tokens, K, generator=random).to(problem.weight.dtype)
+        self.bias = torch.randn(N, generator=random).to(problem.weight.dtype)
+        self.res = torch.randn(problem.tokens, N, generator=random).to(problem.weight.dtype) if problem.residual else None
+        self.act = ACTIVATIONS[problem.epilogue].fn
+        lossy = any(fmt.codec.torch_dtype != torch.float32 for fmt in problem.formats)
+        self.rounding = 1e-2 if lossy or problem.weight.dtype != torch.float32 else 0.0
+
+    def dense(self) -> Callable[[], Tensor]:
+        """torch's own code on the weight as it is."""
+        weight = self.problem.weight.contiguous()
+
+        def run() -> Tensor:
+            y = self.act(F.linear(self.x, weight, self.bias))
+            return y if self.res is None else y + self.res
+
+        return run
+
+    def candidate(self, tuner: CpuTuner, fmt: Format, config: CpuConfig) -> Callable[[], Tensor]:
+        """A kernel on the packed weight."""
+        shape = (self.problem.weight.shape[0], self.problem.weight.shape[1])
+        _, kernel = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, "row", shape, to_text(config))
+        params = list(fmt.pack(self.problem.weight).values())
+        kernel.prepare(self.problem.tokens)
+        return lambda: kernel(self.x, params, self.bias, self.res)
+
+    def reference(self) -> Tensor:
+        """float64."""
+        y = self.act(F.linear(self.x.double(), self.problem.weight.double(), self.bias.double()))
+        return y if self.res is None else y + self.res.double()
+
+
+def _spec(formats: tuple[Format, ...], epilogue: str, residual: bool, layout: str, shape: tuple[int, int]) -> KernelSpec:
+    ragged = any(shape[0] % fmt.block[0] for fmt in formats)
+    wide = any(fmt.grid(*shape)[1] > 65536 for fmt in formats)
+    return KernelSpec(formats, epilogue, residual, layout, "many", ragged, wide)
