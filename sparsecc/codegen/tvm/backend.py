@@ -83,15 +83,24 @@ class TvmBackend:
 
     def pack_rows(self) -> Callable[..., Any]:
         """Rows of features into tiles, see `tiles`."""
-        return self.load(pack_rows_source(self.isa.lanes))
+        return _mover(self, "rows")
 
     def pack_tokens(self) -> Callable[..., Any]:
         """Token-minor activations into tiles."""
-        return self.load(pack_tokens_source(self.isa.lanes))
+        return _mover(self, "tokens")
 
     def unpack_rows(self, residual: bool) -> Callable[..., Any]:
         """Tiles into rows of features, plus a residual."""
-        return self.load(unpack_rows_source(self.isa.lanes, residual))
+        return _mover(self, "add" if residual else "unpack")
+
+
+@lru_cache
+def _mover(backend: TvmBackend, kind: str) -> Callable[..., Any]:
+    """The transposing kernels, found without writing their text again: this is on every call's path."""
+    lanes = backend.isa.lanes
+    if kind in ("rows", "tokens"):
+        return backend.load(pack_rows_source(lanes) if kind == "rows" else pack_tokens_source(lanes))
+    return backend.load(unpack_rows_source(lanes, kind == "add"))
 
 
 def _module(source: str, isa: Isa) -> Any:

@@ -52,10 +52,10 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, lanes: int, registe
     with w.function("spmm", params, INTS + sizes):
         w("chunks: T.let = (N + chunk - 1) // chunk")
         with w.block("for task in T.parallel(tiles * chunks):"):
-            w("tile: T.let = task // chunks")
-            w("first: T.let = task % chunks * chunk")
-            w("last: T.let = T.min(N, first + chunk)")
-            w(f"left: T.let = T.min((M - tile * {width} + {lanes - 1}) // {lanes}, T.int64({vectors}))")
+            w.opaque("tile", "task // chunks")
+            w.opaque("first", "task % chunks * chunk")
+            w.opaque("last", "T.min(N, first + chunk)")
+            w.opaque("left", f"T.min((M - tile * {width} + {lanes - 1}) // {lanes}, T.int64({vectors}))")
             w(f"xt: T.let = tile * padded_k * {width}")
             w("yt: T.let = tile * tile_stride")
             part = vectors
@@ -64,7 +64,7 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, lanes: int, registe
                 if part < vectors:
                     test = f"(left < {vectors}) and ({test})"
                 with w.block(f"if {test}:"):
-                    offset = "T.int64(0)" if part == vectors else f"left // {2 * part} * {2 * part * lanes}"
+                    offset = "T.int64(0)" if part == vectors else w.let("offset", f"left // {2 * part} * {2 * part * lanes}")
                     tile = Tile(lanes, part, offset)
                     for t in range(len(spec.formats)):
                         _write_term(w, spec, t, tile, width, unroll, registers, token_residual)

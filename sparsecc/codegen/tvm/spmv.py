@@ -24,8 +24,8 @@ def spmv_source(spec: KernelSpec, unroll: int, lanes: int) -> str:
     sizes = tuple(f"{name}{t}" for t in range(len(spec.formats)) for name in "CP")
     with w.function("spmv", params, INTS + sizes):
         with w.block("for task in T.parallel((N + chunk - 1) // chunk):"):
-            w("first: T.let = task * chunk")
-            w("last: T.let = T.min(N, first + chunk)")
+            w.opaque("first", "task * chunk")
+            w.opaque("last", "T.min(N, first + chunk)")
             with w.block("for n in range(last - first):"):
                 w("y[first + n] = bias[first + n]")
             for t in range(len(spec.formats)):

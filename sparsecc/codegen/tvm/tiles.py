@@ -20,7 +20,7 @@ def pack_rows_source(lanes: int) -> str:
     with w.function("pack_rows", FLOATS, ("M", "K", "padded_k", "stride", "width")):
         _tasks(w, "padded_k", lanes)
         w(f"to: T.let = m // width * padded_k * width + m % width")
-        w(f"whole: T.let = T.Select(m + {lanes} <= M, T.max(first, T.min(last, K // {lanes} * {lanes})), first)")
+        w.opaque("whole", f"T.Select(m + {lanes} <= M, T.max(first, T.min(last, K // {lanes} * {lanes})), first)")
         with w.block(f"for kb in range((whole - first) // {lanes}):"):
             w(f"k: T.let = first + kb * {lanes}")
             _transpose(w, lanes, lambda i: vec("x", f"(m + {i}) * stride + k", lanes), lambda i: vec("y", f"to + (k + {i}) * width", lanes), {})
@@ -37,7 +37,7 @@ def pack_tokens_source(lanes: int) -> str:
     with w.function("pack_tokens", FLOATS, ("M", "K", "padded_k", "stride", "width")):
         _tasks(w, "padded_k", lanes)
         w("to: T.let = m // width * padded_k * width + m % width")
-        w(f"whole: T.let = T.Select(m + {lanes} <= M, T.max(first, T.min(last, K)), first)")
+        w.opaque("whole", f"T.Select(m + {lanes} <= M, T.max(first, T.min(last, K)), first)")
         with w.block("for kb in range(whole - first):"):
             w("k: T.let = first + kb")
             w(f"{vec('y', 'to + k * width', lanes)} = {vec('x', 'k * stride + m', lanes)}")
@@ -57,7 +57,7 @@ def unpack_rows_source(lanes: int, residual: bool) -> str:
     with w.function(name, pointers, ("M", "N", "stride", "width", "res_stride")):
         _tasks(w, "N", lanes)
         w("at: T.let = m // width * N * width + m % width")
-        w(f"whole: T.let = T.Select(m + {lanes} <= M, first + (last - first) // {lanes} * {lanes}, first)")
+        w.opaque("whole", f"T.Select(m + {lanes} <= M, first + (last - first) // {lanes} * {lanes}, first)")
         with w.block(f"for nb in range((whole - first) // {lanes}):"):
             w(f"n: T.let = first + nb * {lanes}")
             extra = {i: plus(f"(m + {i}) * res_stride + n", lanes) for i in range(lanes)}
@@ -74,9 +74,9 @@ def _tasks(w: Writer, features: str, lanes: int) -> None:
     w(f"blocks: T.let = ({features} + {BLOCK - 1}) // {BLOCK}")
     w(f"for task in T.parallel((M + {lanes - 1}) // {lanes} * blocks):")
     w.depth += 1
-    w(f"m: T.let = task // blocks * {lanes}")
-    w(f"first: T.let = task % blocks * {BLOCK}")
-    w(f"last: T.let = T.min({features}, first + {BLOCK})")
+    w.opaque("m", f"task // blocks * {lanes}")
+    w.opaque("first", f"task % blocks * {BLOCK}")
+    w.opaque("last", f"T.min({features}, first + {BLOCK})")
 
 
 def _transpose(w: Writer, lanes: int, load, store, extra: dict[int, str]) -> None:  # noqa: ANN001

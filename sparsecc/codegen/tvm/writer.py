@@ -37,6 +37,13 @@ class Writer:
         self(f"{name}_{self.made}: T.let = {value}")
         return f"{name}_{self.made}"
 
+    def opaque(self, name: str, value: str) -> None:
+        """Bind an int64 through a local array. TVM's prover would follow a plain binding into every use of it, and takes seconds
+        over divisions by run-time sizes; LLVM makes a register of the array."""
+        self(f'{name}_at = T.alloc_buffer((1,), "int64", scope="local")')
+        self(f"{name}_at[0] = {value}")
+        self(f"{name}: T.let = {name}_at[0]")
+
     @contextmanager
     def function(self, name: str, pointers: Mapping[str, str], ints: tuple[str, ...]) -> Iterator[None]:
         """A kernel: raw pointers (name -> element dtype) and int64 scalars. Only element alignment is promised: TVM would
