@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.formats import Panels
 from sparsecc.formats.level import NM
+
+Pointers = tuple[c_void_p, ...]
 
 TOKENS = 16
 """Token-minor buffers hold a multiple of this many tokens."""
@@ -41,7 +43,7 @@ class LinearKernel:
         self._sizes = tuple(size for fmt, (parents, coords) in pairs for size in (coords, _panels(fmt, N, parents)))
         self._width = backend.isa.lanes * config.vectors
         self._zeros = torch.zeros(N)
-        self._bound: dict[int, tuple[Sequence[Tensor], tuple[c_void_p, ...]]] = {}
+        self._bound: dict[int, tuple[Sequence[Tensor], Pointers]] = {}
         self._code: dict[str, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
@@ -56,78 +58,85 @@ class LinearKernel:
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
         N, K = self.shape
-        lead, dtype = x.shape[:-1], x.dtype
+        dtype, lead = x.dtype, x.shape[:-1]
         if dtype != torch.float32:
             wide = self(x.float(), params, None if bias is None else bias.float(), None if residual is None else residual.float())
             return wide.to(dtype)  # keeps the strides
-        tokens = x.numel() // K if K else math.prod(lead)
-        x2 = x if x.dim() == 2 else x.reshape(tokens, K)
+        tokens = math.prod(lead)
+        arrays = self._pointers(params)
         if bias is None:
             bias = self._zeros
         elif bias.dtype != torch.float32 or not bias.is_contiguous():
             bias = bias.float().contiguous()
-        res2 = None if residual is None else residual.reshape(tokens, N)
-        arrays = self._pointers(params)
         if tokens == 0:
-            return _shaped(x.new_empty((N, 0)).t(), lead) if self.spec.layout == "token" else x.new_empty((*lead, N))
-        run = self._token if tokens == 1 else self._tokens
-        return _shaped(run(x2, tokens, arrays, bias, res2), lead)
+            return _token_output(N, 0, lead) if self.spec.layout == "token" else x.new_empty((*lead, N))
+        return (self._token if tokens == 1 else self._tokens)(_flat(x, tokens), tokens, lead, arrays, bias, residual)
 
-    def _token(self, x: Tensor, tokens: int, arrays: tuple[c_void_p, ...], bias: Tensor, res: Tensor | None) -> Tensor:
+    def _token(self, x: Flat, tokens: int, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
         N, K = self.shape
+        tensor = x.tensor
         if self._padded_k > K:
-            x = torch.nn.functional.pad(x, (0, self._padded_k - K))
-        elif x.stride(1) != 1:
-            x = x.contiguous()
+            tensor = torch.nn.functional.pad(tensor.reshape(1, K), (0, self._padded_k - K))
+        elif x.by_feature != 1:
+            tensor = tensor.contiguous()
+        pointers = [c_void_p(tensor.data_ptr()), None, c_void_p(bias.data_ptr())]
         if res is not None:
             res = res.contiguous()
-        stride = TOKENS if self.spec.layout == "token" else 1
-        y = torch.empty(N)
-        pointers = [_p(x), _p(y), _p(bias), *([] if res is None else [_p(res)])]
-        self._one()(*pointers, *arrays, N, self._chunk, *self._sizes)
-        if stride == 1:
-            return y.view(1, N)
-        out = torch.empty(N, TOKENS)
-        out[:, 0] = y
-        return out.as_strided((1, N), (1, TOKENS))
-
-    def _tokens(self, x: Tensor, tokens: int, arrays: tuple[c_void_p, ...], bias: Tensor, res: Tensor | None) -> Tensor:
-        N, K = self.shape
-        width, padded_k = self._width, self._padded_k
-        tiles = -(-tokens // width)
+            pointers.append(c_void_p(res.data_ptr()))
         token_minor = self.spec.layout == "token"
-        packed = torch.empty(tiles * padded_k * width)
-        by_rows = x.stride(1) == 1 or K == 1
-        if not by_rows and x.stride(0) != 1:
-            x, by_rows = x.contiguous(), True
-        pack = self.backend.pack_rows() if by_rows else self.backend.pack_tokens()
-        pack(_p(x), _p(packed), tokens, K, padded_k, x.stride(0 if by_rows else 1), width)
-        kernel = self._many()
+        y = torch.empty(N) if token_minor else torch.empty((*lead, N))
+        pointers[1] = c_void_p(y.data_ptr())
+        self._one()(*pointers, *arrays, N, self._chunk, *self._sizes)
         if token_minor:
-            padded = -(-tokens // TOKENS) * TOKENS
-            y = torch.empty(N, padded)
-            pointers, res_stride = [_p(packed), _p(y), _p(bias)], 0
-            if res is not None:
-                res = _token_minor(res)
-                pointers, res_stride = [*pointers, _p(res)], res.stride(1)
-            kernel(*pointers, *arrays, tokens, N, tiles, padded_k, self._chunk, padded, width, res_stride, *self._sizes)
-            return y.as_strided((tokens, N), (1, padded))
-        tiled = torch.empty(tiles * N * width)
-        kernel(_p(packed), _p(tiled), _p(bias), *arrays, tokens, N, tiles, padded_k, self._chunk, width, N * width, 0, *self._sizes)
-        y = torch.empty(tokens, N)
-        if res is None:
-            self.backend.unpack_rows(False)(_p(tiled), _p(y), tokens, N, N, width, 0)
-        else:
-            res = res if res.stride(1) == 1 else res.contiguous()
-            self.backend.unpack_rows(True)(_p(tiled), _p(y), _p(res), tokens, N, N, width, res.stride(0))
+            out = _token_output(N, 1, lead)
+            out.view(-1).copy_(y) if out.is_contiguous() else out.copy_(y.view(out.shape))
+            return out
         return y
 
-    def _pointers(self, params: list[Tensor]) -> tuple[c_void_p, ...]:
+    def _tokens(self, x: Flat, tokens: int, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
+        N, K = self.shape
+        width, padded_k, backend = self._width, self._padded_k, self.backend
+        tiles = -(-tokens // width)
+        scratch = _scratch(tiles * padded_k * width + tiles * N * width)
+        packed = scratch.data_ptr()
+        if x.whole_vectors(tokens, K) and padded_k == K:
+            start, x_stride, x_tile = c_void_p(x.tensor.data_ptr()), x.by_feature, width
+        else:
+            if x.by_feature != 1 and x.by_token != 1:
+                x = _flat(x.tensor.contiguous(), tokens)
+            by_rows = x.by_feature == 1
+            pack = backend.pack_rows() if by_rows else backend.pack_tokens()
+            start, x_stride, x_tile = c_void_p(packed), width, padded_k * width
+            pack(c_void_p(x.tensor.data_ptr()), start, tokens, K, padded_k, x.by_token if by_rows else x.by_feature, width)
+        at_bias = c_void_p(bias.data_ptr())
+        if self.spec.layout == "token":
+            y = _token_output(N, tokens, lead)
+            padded = y.stride(-1)
+            pointers, res_stride = [start, c_void_p(y.data_ptr()), at_bias], 0
+            if res is not None:
+                residual = _token_minor(_flat(res, tokens), tokens, N)
+                pointers, res_stride = [*pointers, c_void_p(residual.tensor.data_ptr())], residual.by_feature
+            self._many()(*pointers, *arrays, tokens, N, tiles, self._chunk, x_stride, x_tile, padded, width, res_stride, *self._sizes)
+            return y
+        tiled = c_void_p(packed + 4 * tiles * padded_k * width)
+        self._many()(start, tiled, at_bias, *arrays, tokens, N, tiles, self._chunk, x_stride, x_tile, width, N * width, 0, *self._sizes)
+        y = torch.empty((*lead, N))
+        if res is None:
+            backend.unpack_rows(False)(tiled, c_void_p(y.data_ptr()), tokens, N, N, width, 0)
+        else:
+            flat = _flat(res, tokens)
+            if flat.by_feature != 1:
+                flat = _flat(res.contiguous(), tokens)
+            at_res = c_void_p(flat.tensor.data_ptr())
+            backend.unpack_rows(True)(tiled, c_void_p(y.data_ptr()), at_res, tokens, N, N, width, flat.by_token)
+        return y
+
+    def _pointers(self, params: list[Tensor]) -> Pointers:
         """Addresses of the packed weight, remembered per weight: the entry keeps the tensors, so an address cannot be reused."""
         key = params[-1].data_ptr()
         found = self._bound.get(key)
         if found is None or any(a is not b and a.data_ptr() != b.data_ptr() for a, b in zip(found[0], params, strict=True)):
-            found = (tuple(params), tuple(_p(p) for p in params))
+            found = (tuple(params), tuple(c_void_p(p.data_ptr()) for p in params))
             self._bound[key] = found
         return found[1]
 
@@ -152,26 +161,64 @@ def _panels(fmt: Any, N: int, parents: int) -> int:
     return max(1, parents // -(-N // fmt.block[0])) if isinstance(fmt.swizzle, Panels) and N else 1
 
 
-def _p(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A tensor [..., F] seen as [M, F] by its strides, without a view being made."""
+
+    tensor: Tensor
+    by_token: int
+    by_feature: int
+
+    def whole_vectors(self, tokens: int, features: int) -> bool:
+        """Token-minor, aligned, and readable up to the next full vector of tokens: a kernel may read it where it is."""
+        if self.by_token != 1 or self.by_feature % TOKENS or self.by_feature < tokens:
+            return False
+        end = self.tensor.storage_offset() + (features - 1) * self.by_feature + -(-tokens // TOKENS) * TOKENS
+        return self.tensor.data_ptr() % 64 == 0 and 4 * end <= self.tensor.untyped_storage().nbytes()
 
 
-def _token_minor(res: Tensor) -> Tensor:
-    """[M, N] with consecutive tokens, readable up to the next full vector of tokens."""
-    tokens, features = res.shape
+def _flat(tensor: Tensor, tokens: int) -> Flat:
+    """Copies only if the leading dimensions cannot be walked with one stride."""
+    shape, strides = tensor.shape, tensor.stride()
+    step, expected = 1, -1
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+        if size == 1:
+            continue
+        if expected == -1:
+            step = stride
+        elif stride != expected:
+            return _flat(tensor.contiguous(), tokens)
+        expected = stride * size
+    if tokens == 1:
+        step = shape[-1]
+    return Flat(tensor, step, strides[-1] if shape[-1] > 1 else 1)
+
+
+_LOCAL = threading.local()
+
+
+def _scratch(floats: int) -> Tensor:
+    """Memory that lives as long as the thread, for tiles that are written and read within one call."""
+    found = getattr(_LOCAL, "scratch", None)
+    if found is None or found.numel() < floats:
+        found = _LOCAL.scratch = torch.empty(floats)
+    return found
+
+
+def _token_output(features: int, tokens: int, lead: Sequence[int]) -> Tensor:
+    """A fresh token-minor [*lead, N]: a view of [N, L]."""
     padded = -(-tokens // TOKENS) * TOKENS
-    if res.stride(0) == 1 and res.stride(1) == padded:
-        return res
-    buffer = res.new_zeros(features, padded)
-    buffer[:, :tokens] = res.t()
-    return buffer.as_strided((tokens, features), (1, padded))
-
-
-def _shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
-    """[M, N] -> [*lead, N] without moving data."""
-    if len(lead) == 1:
-        return y
-    strides = [y.stride(0)] * len(lead)
+    strides = [1] * len(lead)
     for i in range(len(lead) - 2, -1, -1):
         strides[i] = strides[i + 1] * lead[i + 1]
-    return y.as_strided((*lead, y.shape[1]), (*strides, y.stride(1)))
+    return torch.empty(features, padded).as_strided((*lead, features), (*strides, padded))
+
+
+def _token_minor(res: Flat, tokens: int, features: int) -> Flat:
+    """Readable by the kernel as token-minor vectors: as it is, or a copy."""
+    if res.whole_vectors(tokens, features):
+        return res
+    padded = -(-tokens // TOKENS) * TOKENS
+    buffer = torch.zeros(features, padded)
+    buffer[:, :tokens] = res.tensor.reshape(tokens, features).t()
+    return Flat(buffer, 1, padded)

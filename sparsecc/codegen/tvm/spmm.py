@@ -1,6 +1,6 @@
 """Family spmm: sparse weight [N, K] times many tokens.
 
-Activations come in tiles, x[tile][k][T] with T = lanes * vectors tokens, so that a weight (or a row of a block) is one broadcast and
+Activations come token-minor, best in tiles x[tile][k][T] with T = lanes * vectors tokens, so that a weight (or a row of a block) is one broadcast and
 every load is one aligned cache line. A block of rows x `vectors` accumulators stays in registers over the kept blocks of a row.
 Terms, and panels of columns, add up through y, which stays in cache: one task is one tile x `chunk` rows.
 
@@ -21,9 +21,9 @@ from sparsecc.codegen.tvm.entries import pointers, value, write_entries
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
 
-INTS = ("M", "N", "tiles", "padded_k", "chunk", "row_stride", "tile_stride", "res_stride")
-"""Scalar arguments. padded_k: k per tile of x; chunk: rows per task, a multiple of every block's rows; row_stride, tile_stride: of y;
-res_stride: between the features of a token-minor residual. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
+INTS = ("M", "N", "tiles", "chunk", "x_stride", "x_tile", "row_stride", "tile_stride", "res_stride")
+"""Scalar arguments. chunk: rows per task, a multiple of every block's rows; x_stride, x_tile: between features and between tiles of x,
+which may be packed or, with whole vectors of tokens, token-minor; row_stride, tile_stride: likewise of y; res_stride: between the features of a token-minor residual. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, lanes: int, registe
             w.opaque("first", "task % chunks * chunk")
             w.opaque("last", "T.min(N, first + chunk)")
             w.opaque("left", f"T.min((M - tile * {width} + {lanes - 1}) // {lanes}, T.int64({vectors}))")
-            w(f"xt: T.let = tile * padded_k * {width}")
+            w("xt: T.let = tile * x_tile")
             w("yt: T.let = tile * tile_stride")
             part = vectors
             while part:  # the last tile may be narrower: its vectors are the sum of smaller powers of two
@@ -67,12 +67,12 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, lanes: int, registe
                     offset = "T.int64(0)" if part == vectors else w.let("offset", f"left // {2 * part} * {2 * part * lanes}")
                     tile = Tile(lanes, part, offset)
                     for t in range(len(spec.formats)):
-                        _write_term(w, spec, t, tile, width, unroll, registers, token_residual)
+                        _write_term(w, spec, t, tile, unroll, registers, token_residual)
                 part //= 2
     return w.text
 
 
-def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, width: int, unroll: int, registers: int, residual: bool) -> None:
+def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, registers: int, residual: bool) -> None:
     fmt = spec.formats[t]
     br = fmt.block[0]
     rows = max(r for r in range(1, br + 1) if br % r == 0 and (r == 1 or r * tile.vectors <= registers and r <= 8))
@@ -90,7 +90,7 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, width: int, unr
                 y = lambda b, r: vec("y", tile.address(f"yt + (row + {b}) * row_stride", r), tile.lanes)  # noqa: E731
                 _write_start(w, spec, t, tile, rows, sets, acc, y, panels)
                 xk = f"p{t} * C{t} + " if panels else ""
-                _write_products(w, fmt, t, tile, width, unroll, rows, sets, acc, xk, sub)
+                _write_products(w, fmt, t, tile, unroll, rows, sets, acc, xk, sub)
                 for b in range(rows):
                     with _guard(w, spec, b):
                         for r in range(tile.vectors):
@@ -131,14 +131,14 @@ def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, rows: int, set
 
 
 def _write_products(
-    w: Writer, fmt: Format, t: int, tile: Tile, width: int, unroll: int, rows: int, sets: int, acc, xk: str, sub: str  # noqa: ANN001
+    w: Writer, fmt: Format, t: int, tile: Tile, unroll: int, rows: int, sets: int, acc, xk: str, sub: str  # noqa: ANN001
 ) -> None:
     br, bc = fmt.block
     step = next(s for s in (4, 2, 1) if bc % s == 0) if bc > 4 else bc
 
     def block(j: str, col: str, s: int) -> None:
         first = w.let("block", j)
-        xb = w.let("xb", f"xt + ({xk}{col}) * {bc * width} + {tile.offset}")
+        xb = w.let("xb", f"xt + ({xk}{col}) * {f'{bc} * ' if bc > 1 else ''}x_stride + {tile.offset}")
         with w.block_if(bc > step, f"for cc in range({bc // step}):"):
             for c in range(step):
                 k = f"cc * {step} + {c}" if bc > step else f"{c}"
@@ -146,7 +146,7 @@ def _write_products(
                     for r in range(tile.vectors):
                         a = acc((s * bc + c) % sets, b, r)
                         weight = splat(value(fmt, t, f"({first} * {bc} + {k}) * {br} + {sub} + {b}"), tile.lanes)
-                        w(f"{a} = {a} + {weight} * {vec('x', f'{xb} + ({k}) * {width} + {r * tile.lanes}', tile.lanes)}")
+                        w(f"{a} = {a} + {weight} * {vec('x', f'{xb} + ({k}) * x_stride + {r * tile.lanes}', tile.lanes)}")
 
     write_entries(w, fmt, t, "parent", f"C{t}", 1 if bc > 4 else unroll, sets if bc == 1 else 1, block)
 
