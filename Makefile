@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -45,7 +45,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -qq -e '.[bench]'
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/cpu.py all
 
 peaks: $(STAMP)
 	$(BIN)/python benchmarks/peaks.py
