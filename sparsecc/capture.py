@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from sparsecc.errors import CaptureError
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import infer
 from sparsecc.ir.program import Program, get_attr, make_module
+from sparsecc.names import Names
 
-_NOISY = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes", "torch.export")
+_NOISY = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._subclasses.fake_tensor")
 
 
 class Captured(CallAdapter):
@@ -46,11 +49,14 @@ def capture(
     if isinstance(model, ExportedProgram):
         ep, parameters = model, []
     else:
-        _require_eval(model)
+        require_eval(model)
         parameters = list(inspect.signature(model.forward).parameters.values())
         with _quiet(), _plain_weights(model), torch.no_grad():
             ep = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
-    return Captured(program_of(ep), ep, parameters)
+    program = program_of(ep)
+    if isinstance(model, nn.Module):
+        Names.of(model).put(program)
+    return Captured(program, ep, parameters)
 
 
 def program_of(ep: ExportedProgram) -> Program:
@@ -127,7 +133,7 @@ def _reason(error: Exception | None) -> str:
     return f"{type(error).__name__}: {first}{place}"
 
 
-def _require_eval(model: nn.Module) -> None:
+def require_eval(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module.training and (module is model or isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase)):
             raise CaptureError(f"{name or type(model).__name__} is in train mode: call model.eval() first, sparsecc compiles for inference")
@@ -168,12 +174,17 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns about every fixed size; the adapter's errors say it where it matters."""
+    """Export warns about every fixed size, and prints graphs and traces of what it cannot take: our errors say it where it matters.
+
+    What the model itself writes to stderr is shown once it is exported."""
     levels = {name: logging.getLogger(name).level for name in _NOISY}
     for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    said = io.StringIO()
     try:
-        yield
+        with redirect_stderr(said):
+            yield
+        sys.stderr.write(said.getvalue())
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

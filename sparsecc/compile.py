@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,15 @@ class Options:
         if kind not in ("cpu", "reference"):
             raise TargetError(f"target {self.target!r} has no backend here: use 'cpu', 'cpu:avx512', 'cpu:avx2', 'cpu:portable' or 'reference'")
 
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> Options:
+        """From names and values. Raises SpecError for a name that is no option, with the closest."""
+        known = [one.name for one in fields(Options) if one.init]
+        for name in options:
+            if name not in known:
+                raise SpecError(f"there is no option {name!r}; {debug.closest(name, known)}")
+        return Options(**options)
+
     def tuner(self, on_choice: Callable[[str], None]) -> Any:
         """The target's tuner, None for the reference target. Imports the code generator. Raises TargetError."""
         if self.target == "reference":
@@ -67,7 +77,7 @@ def compile(
     model: nn.Module | ExportedProgram,
     target: str = "cpu",
     sparsity: SpecLike = None,
-    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None,
     dynamic_shapes: Any = "auto",
     autotune: Effort = "quick",
     tune_seconds: float | None = None,
@@ -78,7 +88,8 @@ def compile(
     target: "cpu" (the widest vectors of this machine), "cpu:avx512" | "cpu:avx2" | "cpu:portable", or "reference" (dense meaning).
     sparsity: None or "detect" exploits the zeros that are there; a pattern ("2:4", "block(4, 1)", sparsecc.nm(2, 4)) is a requirement on
       every linear weight; a dict maps globs over module names to patterns, "detect" or "dense".
-    example_inputs: a tuple of arguments or a dict of keyword arguments to capture with; by default capture waits for the first call.
+    example_inputs: the arguments to capture with, a tuple of positional or a dict of keyword ones (or a single tensor); by default
+      capture waits for the first call.
     dynamic_shapes: "auto" (whatever can vary may), None (fixed), or what torch.export takes.
     autotune: "none" trusts the cost model, "quick" measures the best few candidates per layer, "full" all; `tune_seconds` caps it.
     remainder: who runs the dense rest: "inductor", "eager", or "auto" (Inductor where there is a C++ compiler).
@@ -86,16 +97,23 @@ def compile(
     The weights are read at compile time: `load_state_dict` on the result compiles again, other changes to the model's weights do not show.
     Raises SpecError, PatternViolation, TargetError, CaptureError (here, or at the first call if capture waits).
     """
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise TypeError(f"compile() takes an nn.Module or an ExportedProgram, not {type(model).__name__}")
     options = Options(target, sparsity, autotune, tune_seconds, remainder)
     if options.target != "reference":
         options.tuner(lambda name: None)  # a target that cannot serve says so now
     module = CompiledModule(model, lambda program, inputs: build(program, inputs, options), dynamic_shapes)
     if example_inputs is not None:
-        args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
-        module.capture(args, kwargs)
+        module.capture(*_arguments(example_inputs))
     elif isinstance(model, ExportedProgram):
         module.capture((), {})
     return module
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example,) if isinstance(example, torch.Tensor) else tuple(example), {}
 
 
 @dataclass(frozen=True)
@@ -109,17 +127,20 @@ class Built:
 
 def compile_program(program: Program, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Sequence[Any]]:
     """A program (of the Dynamo backend, or parsed from text) as a function over flat inputs. `options` are those of `Options`."""
-    return build(program, example_inputs, Options(**options)).run
+    return build(program, example_inputs, Options.of(options)).run
 
 
 def build(program: Program, example_inputs: Sequence[Any], options: Options) -> Built:
     """Run the passes on a captured program, then hand the dense rest to Inductor."""
+    if options.target != "reference":
+        _require_cpu(program)
     knobs = debug.knobs([one.name for one in PIPELINE])
     dumper = debug.Dumper(knobs.dump) if knobs.dump else None
     if dumper is not None:
         dumper.weights(program)
         types = [program.type(node) for node in program.inputs]
-        dumper.repro(print_program(program), [t for t in types if t is not None], {"target": options.target, "autotune": options.autotune})
+        asked = {name: getattr(options, name) for name in ("target", "autotune", "tune_seconds", "remainder")}
+        dumper.repro(print_program(program), [t for t in types if t is not None], {**asked, "sparsity": _spec_for(program, options.spec)})
     texts: list[str] = []
 
     def dump(step: Any) -> None:
@@ -144,6 +165,19 @@ def explanation(history: History, options: Options) -> Explanation:
     regions = [steps[-1].program.region(view.node) for view in steps[-1].program.linears()]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, header)
+
+
+def _require_cpu(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and isinstance(tensor := program.const(node), torch.Tensor) and tensor.device.type != "cpu":
+            name = program.weight_name(node)
+            raise TargetError(f"{name} is on {tensor.device}, which the CPU target cannot serve: load the model's weights on the CPU first")
+
+
+def _spec_for(program: Program, spec: SparsitySpec) -> SparsitySpec:
+    """The entries that this program, alone, has a use for."""
+    names = {name.rpartition(".")[0] for name in program.origin.values()} | set(program.origin.values())
+    return SparsitySpec(tuple((glob, rule) for glob, rule in spec.entries if any(fnmatchcase(name, glob) for name in names)))
 
 
 def _regions(program: Program) -> int:

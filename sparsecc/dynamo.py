@@ -15,17 +15,20 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import register_backend
+from torch._dynamo.utils import counters
 
 from sparsecc.capture import share_tied
+from sparsecc.errors import CaptureError
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import infer
 from sparsecc.ir.program import Program, make_module
+from sparsecc.names import Names
 
 Compiled = Callable[..., Any]
 CompileProgram = Callable[..., Compiled]
 
 _MODULE_PART = re.compile(r"\[['\"]?([\w.\- ]+)['\"]?\]|\.(\w+)")
-_PLUMBING = {"_modules", "_parameters", "_buffers", "self", "model_L"}
+_PLUMBING = {"_modules", "_parameters", "_buffers", "_orig_mod"}
 
 
 @register_backend(name="sparsecc")
@@ -33,7 +36,13 @@ def sparsecc_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, optio
     """The Dynamo backend. Weights are only known for certain at the call, so compilation happens at the first one."""
     from sparsecc.compile import compile_program  # the pipeline imports capture, not the other way round
 
-    return Frozen(gm, lambda program, inputs: compile_program(program, inputs, **(options or {})))
+    partial = bool(counters["graph_break"])
+
+    def compile(program: Program, inputs: Sequence[Any]) -> Compiled:
+        Names(partial=partial).put(program)
+        return compile_program(program, inputs, **(options or {}))
+
+    return Frozen(gm, compile)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Frozen:
         self.gm = gm
         self.compile_program = compile_program
         self.inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        self.names = [weight_name(node) for node in self.inputs]
+        self.names = weight_names(self.inputs)
         self.frozen = [i for i, node in enumerate(self.inputs) if is_weight(node) and not _written(node)]
         # Dynamo erases the sources and fakes of its graph after this call; later ones work on the copy.
         self.graph = _copy(gm)
@@ -87,7 +96,8 @@ class Frozen:
             return self.current
 
     def program(self, inputs: Sequence[Any]) -> Program:
-        """The graph with the frozen inputs as constants."""
+        """The graph with the frozen inputs as constants. Raises CaptureError if it was traced in train mode."""
+        _require_eval(self.graph)
         program = Program(_copy(self.graph), "capture")
         for i, node in enumerate(program.inputs):
             if i not in set(self.frozen):
@@ -111,13 +121,15 @@ def is_weight(node: fx.Node) -> bool:
     return isinstance(value, nn.Parameter) or "_parameters[" in name or "_buffers[" in name
 
 
-def weight_name(node: fx.Node) -> str:
-    """`L['self']._modules['model']._parameters['weight']` -> `model.weight`, the qualified name in the user's model."""
-    source = _source(node)
-    if not source:
-        return node.name
-    parts = [a or b for a, b in _MODULE_PART.findall(source[1:])]
-    return ".".join(p for p in parts if p not in _PLUMBING) or node.name
+def weight_names(nodes: Sequence[fx.Node]) -> list[str]:
+    """`L['self']._modules['model']._parameters['weight']` -> `model.weight`, the qualified name in the user's model.
+
+    Where the weights belong to several local variables, such as an encoder and a decoder, these come first."""
+    paths = [[a or b for a, b in _MODULE_PART.findall(_source(node)[1:])] for node in nodes]
+    several = len({path[0] for node, path in zip(nodes, paths, strict=True) if path and is_weight(node)}) > 1
+    found = [path if several else path[1:] for path in paths]
+    names = [".".join(part for part in path if part not in _PLUMBING) for path in found]
+    return [name or node.name for name, node in zip(names, nodes, strict=True)]
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -130,6 +142,14 @@ def _source(node: fx.Node) -> str:
     if source is None:
         return ""
     return str(source.name() if callable(source.name) else source.name)
+
+
+def _require_eval(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        place = 2 if "dropout" in name else 5 if name == "batch_norm" else None
+        if place is not None and (node.args[place] if len(node.args) > place else node.kwargs.get("training")) is True:
+            raise CaptureError(f"the model is in train mode ({name}): call model.eval() first, sparsecc compiles for inference")
 
 
 def _written(node: fx.Node) -> bool:

@@ -7,17 +7,20 @@ a weight that breaks it raises.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from sparsecc.errors import PatternViolation
+from sparsecc.errors import PatternViolation, SpecError
 from sparsecc.formats import ANY, Pattern, measure
 from sparsecc.ir.program import LinearView, Program, Region, Rule
+from sparsecc.names import Names
 from sparsecc.passes.context import Context
+from sparsecc.spec import Rule as SpecRule
 from sparsecc.spec import SparsitySpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,42 +41,64 @@ class Select:
     def run(self, program: Program, context: Any = None) -> None:
         spec = context.spec if isinstance(context, Context) else SparsitySpec()
         views = [view for view in program.linears() if view.plain and program.is_const(view.params[0])]
-        spec.check_globs([_module(program, view) for view in views])
+        _check_globs(program, views, spec)
         for view in views:
             _select(program, view, spec)
 
 
 def _select(program: Program, view: LinearView, spec: SparsitySpec) -> None:
-    weight, name = program.const(view.params[0]), _module(program, view)
-    region = program.region(view.node)
+    weight, modules = program.const(view.params[0]), _modules(program, view)
+    region, named = program.region(view.node), any(map(spec.names, modules))
     region.more["shape"] = tuple(weight.shape)
     region.more["dense_bytes"] = weight.numel() * weight.element_size()
-    rule = spec.rule_for(name)
+    rule = _rule(spec, modules)
     if rule.mode == "dense":
         region.reason = "the spec leaves it dense"
-    elif weight.dtype not in FLOATS:
-        region.reason = f"weights of {weight.dtype} are not packed"
-    elif rule.mode == "require" and _tied(view.params[0]) and not spec.names(name):
-        region.reason = "tied to an embedding: name it in the spec to include it"
     elif weight.numel() == 0:
         region.reason = "empty weight"
+    elif rule.mode == "require" and _tied(view.params[0]) and not named:
+        region.reason = "tied to an embedding: name it in the spec to include it"
     else:
-        pattern = _required(name, weight, rule.pattern) if rule.pattern is not None else _found(region, weight)
         if rule.pattern is not None:
+            _require(modules[0], weight, rule.pattern)
             region.more["zeros"] = _zeros(weight)
+        if weight.dtype not in FLOATS:
+            region.reason = f"weights of {weight.dtype} are not packed"
+            return
+        pattern = _found(region, weight) if rule.pattern is None else rule.pattern
         if pattern != ANY:
             region.pattern = str(pattern)
             view.replace(terms=(view.terms[0].with_(pattern=pattern),))
 
 
-def _required(name: str, weight: Tensor, pattern: Pattern) -> Pattern:
+def _check_globs(program: Program, views: Sequence[LinearView], spec: SparsitySpec) -> None:
+    """A glob may name any linear of the model, in this graph or not. Where the rest of the model is unknown, a miss is a warning."""
+    names = Names.found(program)
+    known = dict.fromkeys([module for view in views for module in _modules(program, view)] + list(names.linears))
+    try:
+        spec.check_globs(known)
+    except SpecError as error:
+        if not names.partial:
+            raise
+        warnings.warn(f"sparsecc: in this part of the model {error}", stacklevel=2)
+
+
+def _rule(spec: SparsitySpec, modules: Sequence[str]) -> SpecRule:
+    """The rule of a weight, which may be named by any of its modules. Raises SpecError where two of them have different rules."""
+    rules = {module: spec.rule_for(module) for module in modules if spec.names(module)}
+    if len(set(rules.values())) > 1:
+        said = ", ".join(f"{module} -> {rule}" for module, rule in rules.items())
+        raise SpecError(f"these modules share one weight, but the spec has different rules for them: {said}")
+    return next(iter(rules.values()), spec.rule_for(modules[0]))
+
+
+def _require(name: str, weight: Tensor, pattern: Pattern) -> None:
     violation = pattern.mask_violation(weight)
     if violation:
         raise PatternViolation(
             f"{name}.weight must be {pattern}, but {violation}. "
             f"Make it so with sparsecc.prune(model, {{{name!r}: {str(pattern)!r}}}), or ask for sparsity=\"detect\""
         )
-    return pattern
 
 
 def _found(region: Region, weight: Tensor) -> Pattern:
@@ -99,5 +124,5 @@ def _reads_as_weight(node: fx.Node, user: fx.Node) -> bool:
     return user.op == "call_function" and "sparsecc.linear" in str(user.target) and user.args[0] is not node
 
 
-def _module(program: Program, view: LinearView) -> str:
-    return program.weight_name(view.params[0]).removesuffix(".weight")
+def _modules(program: Program, view: LinearView) -> tuple[str, ...]:
+    return Names.found(program).modules(program.weight_name(view.params[0]))

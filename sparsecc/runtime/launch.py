@@ -97,8 +97,6 @@ class LinearKernel:
         N, K = self.shape
         width, padded_k, backend = self._width, self._padded_k, self.backend
         tiles = -(-tokens // width)
-        scratch = _scratch(tiles * padded_k * width + tiles * N * width)
-        packed = scratch.data_ptr()
         if x.whole_vectors(tokens, K) and padded_k == K:
             start, x_stride, x_tile = c_void_p(x.tensor.data_ptr()), x.by_feature, width
         else:
@@ -106,29 +104,23 @@ class LinearKernel:
                 x = _flat(x.tensor.contiguous(), tokens)
             by_rows = x.by_feature == 1
             pack = backend.pack_rows() if by_rows else backend.pack_tokens()
-            start, x_stride, x_tile = c_void_p(packed), width, padded_k * width
+            start, x_stride, x_tile = c_void_p(_scratch(tiles * padded_k * width).data_ptr()), width, padded_k * width
             pack(c_void_p(x.tensor.data_ptr()), start, tokens, K, padded_k, x.by_token if by_rows else x.by_feature, width)
-        at_bias = c_void_p(bias.data_ptr())
-        if self.spec.layout == "token":
-            y = _token_output(N, tokens, lead)
-            padded = y.stride(-1)
-            pointers, res_stride = [start, c_void_p(y.data_ptr()), at_bias], 0
-            if res is not None:
-                residual = _token_minor(_flat(res, tokens), tokens, N)
-                pointers, res_stride = [*pointers, c_void_p(residual.tensor.data_ptr())], residual.by_feature
-            self._many()(*pointers, *arrays, tokens, N, tiles, self._chunk, x_stride, x_tile, padded, width, res_stride, *self._sizes)
-            return y
-        tiled = c_void_p(packed + 4 * tiles * padded_k * width)
-        self._many()(start, tiled, at_bias, *arrays, tokens, N, tiles, self._chunk, x_stride, x_tile, width, N * width, 0, *self._sizes)
-        y = torch.empty((*lead, N))
-        if res is None:
-            backend.unpack_rows(False)(tiled, c_void_p(y.data_ptr()), tokens, N, N, width, 0)
-        else:
-            flat = _flat(res, tokens)
-            if flat.by_feature != 1:
-                flat = _flat(res.contiguous(), tokens)
-            at_res = c_void_p(flat.tensor.data_ptr())
-            backend.unpack_rows(True)(tiled, c_void_p(y.data_ptr()), at_res, tokens, N, N, width, flat.by_token)
+        token_minor = self.spec.layout == "token"
+        y = _token_output(N, tokens, lead) if token_minor else torch.empty((*lead, N))
+        pointers, res_stride = [start, c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())], 0
+        if res is not None:
+            if token_minor:
+                flat = _token_minor(_flat(res, tokens), tokens, N)
+                res_stride = flat.by_feature
+            else:
+                flat = _flat(res, tokens)
+                if flat.by_feature != 1:
+                    flat = _flat(res.contiguous(), tokens)
+                res_stride = flat.by_token
+            pointers.append(c_void_p(flat.tensor.data_ptr()))
+        y_stride = y.stride(-1) if token_minor else N
+        self._many()(*pointers, *arrays, tokens, N, tiles, x_stride, x_tile, y_stride, res_stride, *self._sizes)
         return y
 
     def _pointers(self, params: list[Tensor]) -> Pointers:

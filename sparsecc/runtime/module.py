@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from sparsecc.capture import Captured, capture
-from sparsecc.errors import CaptureError, ShapeError, SparseccError
+from sparsecc.capture import Captured, capture, require_eval
+from sparsecc.errors import CaptureError, ShapeError, SparseccError, TargetError
 from sparsecc.explain import Explanation
+from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
+from sparsecc.names import Names
 
 VARIANTS = 8
 """How many captures of one model (other argument structures, other fixed sizes) a module keeps."""
@@ -22,12 +25,28 @@ VARIANTS = 8
 Build = Callable[[Program, Sequence[Any]], Any]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One capture, what was built from it, and the devices that its inputs must be on."""
+
+    captured: Captured
+    built: Any
+    devices: tuple[torch.device, ...]
+
+    def __call__(self, flat: Sequence[torch.Tensor]) -> Any:
+        for tensor, device, wanted in zip(flat, self.devices, self.captured.inputs, strict=True):
+            if tensor.device != device:
+                raise TargetError(f"{wanted.name} is on {tensor.device}, the module was compiled for {device}: move the input there")
+        return self.captured.unflatten(self.built.run(*flat))
+
+
 class CompiledModule(nn.Module):
-    """An nn.Module with the model's signature, outputs and state_dict.
+    """An nn.Module with the model's signature, outputs, parameters and state_dict; for inference, its results carry no gradients.
 
     It captures at the first call unless it was compiled with example inputs; a call that no capture fits is captured too (with
     explicit example inputs it raises ShapeError). What torch.export cannot take, such as a KV cache, goes through Dynamo.
-    Calls are safe from several threads. It cannot be pickled: save the model, and compile after loading.
+    Calls are safe from several threads. It cannot be pickled, moved or cast: save the model, and compile after loading.
+    After a change to the model's weights other than by `load_state_dict` here, compile again: sparse layers hold packed copies.
     """
 
     def __init__(self, model: nn.Module | ExportedProgram, build: Build, dynamic_shapes: Any = "auto") -> None:
@@ -36,63 +55,64 @@ class CompiledModule(nn.Module):
         self.__dict__["_model"] = model  # not a submodule: names in state_dict stay the model's
         self._build = build
         self._dynamic_shapes = dynamic_shapes
-        self._explicit = False
-        self._variants: list[tuple[Captured, Any]] = []
+        self._example: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self._variants: list[Variant] = []
         self._dynamo: Callable[..., Any] | None = None
         self._graphs: list[Any] = []
         self._lock = threading.RLock()
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Capture and compile for these example inputs; calls must then fit them. Raises CaptureError."""
-        self._explicit = True
+        self._example = (args, kwargs)
         self._add(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._dynamo is not None:
-            with torch.no_grad():
-                return self._dynamo(*args, **kwargs)
-        misfit: Exception | None = None
-        for captured, built in self._variants:
+        variants, misfit = self._variants, None
+        for variant in variants:
             try:
-                flat = captured.flatten(args, kwargs)
-                captured.check(flat)
+                flat = variant.captured.flatten(args, kwargs)
+                variant.captured.check(flat)
             except ShapeError as error:
                 misfit = misfit or error
                 continue
-            return captured.unflatten(built.run(*flat))
-        if misfit is not None and (self._explicit or len(self._variants) >= VARIANTS):
+            return variant(flat)
+        if self._dynamo is not None:
+            with torch.no_grad():
+                return self._dynamo(*args, **kwargs)
+        if misfit is not None and self._example is not None:
             raise misfit
+        if misfit is not None and len(variants) >= VARIANTS:
+            raise ShapeError(f"{misfit}. {VARIANTS} captures are kept at most: give example_inputs and dynamic_shapes to compile()")
         with self._lock:
             self._serve(args, kwargs)
         return self.forward(*args, **kwargs)
 
     def _serve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Make a variant for this call, by export where it can go, else switch to Dynamo."""
-        if self._dynamo is not None or any(_fits(captured, args, kwargs) for captured, _ in self._variants):
+        if self._dynamo is not None or any(_fits(variant.captured, args, kwargs) for variant in self._variants):
             return  # another thread did it
-        model = self._model
-        if isinstance(model, ExportedProgram):
-            self._add(args, kwargs)
+        if self._example is not None:  # weights were loaded since
+            self._add(*self._example)
             return
+        model, reason = self._model, None
+        require_eval(model)
         if not has_cache(model, args, kwargs):
             try:
                 self._add(args, kwargs)
                 return
             except CaptureError as error:
-                if model.training:
-                    raise
                 reason = error
-        else:
-            reason = None
-        if model.training:
-            raise CaptureError(f"{type(model).__name__} is in train mode: call model.eval() first, sparsecc compiles for inference")
+            _try(model, args, kwargs)
         self._dynamo = self._through_dynamo(model, reason)
 
     def _through_dynamo(self, model: nn.Module, reason: Exception | None) -> Callable[..., Any]:
         """torch.compile with our backend; `reason` is why export could not go, shown if Dynamo cannot either."""
         from sparsecc.dynamo import Frozen
 
+        names = Names.of(model)
+
         def compile_program(program: Program, inputs: Sequence[Any]) -> Callable[..., Any]:
+            names.put(program)
             built = self._build(program, inputs)
             self._graphs.append(built)
             return built.run
@@ -114,14 +134,15 @@ class CompiledModule(nn.Module):
     def _add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         captured = capture(self._model, args, kwargs, self._dynamic_shapes)
         flat = captured.flatten(args, kwargs) if args or kwargs else []
-        self._variants.append((captured, self._build(captured.program, flat)))
+        devices = tuple(value_of(node).device for node in captured.program.inputs)
+        self._variants.append(Variant(captured, self._build(captured.program, flat), devices))
 
     # ---- what was done
 
     @property
     def graphs(self) -> list[Any]:
         """One entry per compiled graph: `.history` of its passes, `.explanation`."""
-        return [built for _, built in self._variants] + list(self._graphs)
+        return [variant.built for variant in self._variants] + list(self._graphs)
 
     def explain(self, graph: int = 0) -> Explanation:
         """The table of decisions, of the first graph or another. Raises CaptureError before anything was compiled."""
@@ -146,14 +167,37 @@ class CompiledModule(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
+        if isinstance(self._model, ExportedProgram):
+            return dict(self._model.state_dict)
         return self._model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads into the model; the next call compiles again."""
-        result = self._model.load_state_dict(state_dict, *args, **kwargs)
+        """Loads into the model; the next call compiles again. Raises CaptureError for an exported program."""
+        if isinstance(self._model, ExportedProgram):
+            raise CaptureError("an ExportedProgram's weights are fixed: load them into the model, export it and compile again")
         with self._lock:
-            self._variants, self._graphs, self._dynamo, self._explicit = [], [], None, False
-        return result
+            try:
+                return self._model.load_state_dict(state_dict, *args, **kwargs)
+            finally:  # some may have been loaded before an error
+                self._variants, self._graphs, self._dynamo = [], [], None
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's own."""
+        return self._model.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's own."""
+        return self._model.named_buffers(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
+        """`.to`, `.half`, `.cuda` and the like: what changes nothing is allowed. Raises TargetError."""
+        for tensor in self.parameters():
+            probe = tensor.detach()[:0] if tensor.ndim else tensor.detach()
+            moved = fn(probe)
+            if (moved.device, moved.dtype) != (probe.device, probe.dtype):
+                what = moved.device if moved.device != probe.device else moved.dtype
+                raise TargetError(f"a compiled module cannot be moved or cast to {what}: do that to the model, then compile it")
+        return self
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Compiled modules are for inference. Raises CaptureError for mode=True."""
@@ -184,6 +228,21 @@ def has_cache(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     decodes = getattr(model, "can_generate", None)
     wanted = kwargs.get("use_cache", getattr(config, "use_cache", False))
     return bool(wanted and callable(decodes) and decodes())
+
+
+def _try(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model as it is: a call that the model itself refuses raises the model's own error. Its buffers are put back."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise error from None
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _fits(captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

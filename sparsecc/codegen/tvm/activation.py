@@ -1,51 +1,75 @@
 """Activations as vector arithmetic, without calls into libm (which LLVM would make lane by lane).
 
-exp is 2^n * p(r) with |r| <= ln2/2 and a degree-6 polynomial: relative error below 3e-7 for |v| <= 87, clamped outside.
+exp is 2^n * p(r) with |r| <= ln2/2 and a degree-6 polynomial: relative error below 3e-7 for |v| <= 87. Below it stays exp(-87), from
+about 88.4 on it is infinity, so that v / (1 + exp(-v)) goes to zero for large negative v and to NaN for -inf, as in torch.
 erf(a) is 1 - exp(a Q(a)) with Q a polynomial fitted to log(erfc(a)) / a on [0, 4.2], where erfc ends in float32: absolute error
 below 2e-7 plus that of exp, and no division.
 """
 
 from __future__ import annotations
 
-from sparsecc.codegen.tvm.writer import Writer, constant
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsecc.codegen.tvm.writer import Writer, constant, splat
 
 _EXP = (1.0, 1.0, 0.5, 1.6666667163372040e-01, 4.1666544973850250e-02, 8.3333505317568780e-03, 1.3888889225199819e-03)
 _LOG_ERFC = (-1.1283838141773035, -0.63653689985929, -0.10325379641283151, 0.020415027302298022, -0.0015958874527117468,
              -0.00031989287500620866, 6.946010763553951e-05)
 
 
-def write_activation(w: Writer, name: str, v: str, lanes: int) -> str:
-    """Write the steps that compute activation `name` of the expression `v`; returns the resulting expression."""
-    c = lambda value: constant(value, lanes)  # noqa: E731
+def write_activation(w: Writer, name: str, values: Sequence[str], lanes: int) -> list[str]:
+    """Write the steps that compute activation `name` of each value; returns the resulting expressions.
+
+    The values advance together, step by step: one alone is a chain of dependent instructions that leaves most of the core idle.
+    """
+    step = _Steps(w, lanes)
+    c = step.constant
     if name == "relu":
-        return f"T.if_then_else({v} > {c(0.0)}, {v}, {c(0.0)})" if lanes == 1 else f"T.Select({v} > {c(0.0)}, {v}, {c(0.0)})"
-    w(f"v: T.let = {v}")
+        choose = "T.if_then_else" if lanes == 1 else "T.Select"
+        return [f"{choose}({v} < {c(0.0)}, {c(0.0)}, {v})" for v in values]  # NaN stays NaN
+    vs = step("v", values)
     if name == "silu":
-        return f"v / ({c(1.0)} + {_exp(w, f'({c(0.0)} - v)', lanes)})"
-    if name == "gelu_tanh":
-        w(f"u: T.let = {c(1.5957691216057308)} * (v + {c(0.044715)} * v * v * v)")
-        return f"v / ({c(1.0)} + {_exp(w, f'({c(0.0)} - u)', lanes)})"  # 0.5 (1 + tanh(u/2)) = 1 / (1 + exp(-u))
+        return [f"{v} / ({c(1.0)} + {e})" for v, e in zip(vs, step.exp([f"{c(0.0)} - {v}" for v in vs]), strict=True)]
+    if name == "gelu_tanh":  # 0.5 (1 + tanh(u/2)) = 1 / (1 + exp(-u))
+        us = step("u", [f"{c(-1.5957691216057308)} * ({v} + {c(0.044715)} * {v} * {v} * {v})" for v in vs])
+        return [f"{v} / ({c(1.0)} + {e})" for v, e in zip(vs, step.exp(us), strict=True)]
     assert name == "gelu", name
-    w(f"a: T.let = T.min(T.max(v, {c(0.0)} - v) * {c(0.7071067811865476)}, {c(4.2)})")
-    w(f"q: T.let = {_exp(w, f'a * ({_horner(_LOG_ERFC, chr(97), lanes)})', lanes)}")  # 1 - erf(a)
-    return f"{c(0.5)} * (v + T.max(v, {c(0.0)} - v) * ({c(1.0)} - q))"
+    sizes = step("size", [f"T.max({v}, {c(0.0)} - {v})" for v in vs])
+    scaled = step("a", [f"T.min({size} * {c(0.7071067811865476)}, {c(4.2)})" for size in sizes])
+    logs = [f"{a} * {p}" for a, p in zip(scaled, step.horner(_LOG_ERFC, scaled), strict=True)]
+    rest = step.exp(logs)  # 1 - erf(a)
+    return [f"{c(0.5)} * ({v} + {size} * ({c(1.0)} - {q}))" for v, size, q in zip(vs, sizes, rest, strict=True)]
 
 
-def _horner(coefficients: tuple[float, ...], v: str, lanes: int) -> str:
-    text = constant(coefficients[-1], lanes)
-    for value in reversed(coefficients[:-1]):
-        text = f"({text}) * {v} + {constant(value, lanes)}"
-    return text
+@dataclass(frozen=True)
+class _Steps:
+    """Writes one step for every value before the next step of any."""
 
+    w: Writer
+    lanes: int
 
-def _exp(w: Writer, v: str, lanes: int) -> str:
-    c = lambda value: constant(value, lanes)  # noqa: E731
-    int_type, float_type = ("int32", "float32") if lanes == 1 else (f"int32x{lanes}", f"float32x{lanes}")
-    w(f"e: T.let = T.max(T.min({v}, {c(88.0)}), {c(-87.0)})")
-    w(f'n: T.let = T.Cast("{int_type}", T.floor(e * {c(1.4426950408889634)} + {c(0.5)}))')
-    w(f'nf: T.let = T.Cast("{float_type}", n)')
-    w(f"r: T.let = e - nf * {c(0.693359375)} + nf * {c(2.12194440e-4)}")
-    power = "T.int32(127)" if lanes == 1 else f"T.broadcast(T.int32(127), {lanes})"
-    shift = "T.int32(23)" if lanes == 1 else f"T.broadcast(T.int32(23), {lanes})"
-    w(f'two_n: T.let = T.reinterpret("{float_type}", T.shift_left(n + {power}, {shift}))')
-    return f"(({_horner(_EXP, 'r', lanes)}) * two_n)"
+    def __call__(self, name: str, values: Sequence[str]) -> list[str]:
+        return [self.w.let(name, value) for value in values]
+
+    def constant(self, value: float) -> str:
+        return constant(value, self.lanes)
+
+    def horner(self, coefficients: Sequence[float], at: Sequence[str]) -> list[str]:
+        """The polynomial of each value, lowest coefficient first."""
+        sums = [self.constant(coefficients[-1])] * len(at)
+        for value in reversed(coefficients[:-1]):
+            sums = self("p", [f"{p} * {v} + {self.constant(value)}" for p, v in zip(sums, at, strict=True)])
+        return sums
+
+    def exp(self, values: Sequence[str]) -> list[str]:
+        """e to each value."""
+        c, lanes = self.constant, self.lanes
+        suffix = "" if lanes == 1 else f"x{lanes}"
+        es = self("e", [f"T.max(T.min({v}, {c(89.0)}), {c(-87.0)})" for v in values])
+        ns = self("n", [f'T.Cast("int32{suffix}", T.floor({e} * {c(1.4426950408889634)} + {c(0.5)}))' for e in es])
+        floats = self("nf", [f'T.Cast("float32{suffix}", {n})' for n in ns])
+        rs = self("r", [f"{e} - {nf} * {c(0.693359375)} + {nf} * {c(2.12194440e-4)}" for e, nf in zip(es, floats, strict=True)])
+        bias, shift = splat("T.int32(127)", lanes), splat("T.int32(23)", lanes)
+        powers = self("power", [f'T.reinterpret("float32{suffix}", T.shift_left({n} + {bias}, {shift}))' for n in ns])
+        return self("exp", [f"{p} * {power}" for p, power in zip(self.horner(_EXP, rs), powers, strict=True)])

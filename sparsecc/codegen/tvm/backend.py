@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.host import Isa, host_isa
 from sparsecc.codegen.tvm.spmm import spmm_source
 from sparsecc.codegen.tvm.spmv import spmv_source
-from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source, unpack_rows_source
+from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source
 from sparsecc.debug import cache_dir
 
 _LOCK = threading.Lock()
@@ -68,7 +69,9 @@ class TvmBackend:
         """TVMScript of the kernel named after its family, `spmm` or `spmv`."""
         if spec.regime == "one":
             return spmv_source(spec, config.unroll, self.isa.lanes)
-        return spmm_source(spec, config.vectors, config.unroll, self.isa.lanes, self.isa.registers)
+        rows = math.lcm(*(fmt.block[0] for fmt in spec.formats))
+        chunk = -(-config.chunk // rows) * rows
+        return spmm_source(spec, config.vectors, config.unroll, chunk, self.isa.lanes, self.isa.registers)
 
     def load(self, source: str) -> Callable[..., Any]:
         """Compile (about a second) or look up; takes pointers as ctypes.c_void_p and sizes as int."""
@@ -89,18 +92,12 @@ class TvmBackend:
         """Token-minor activations into tiles."""
         return _mover(self, "tokens")
 
-    def unpack_rows(self, residual: bool) -> Callable[..., Any]:
-        """Tiles into rows of features, plus a residual."""
-        return _mover(self, "add" if residual else "unpack")
-
 
 @lru_cache
 def _mover(backend: TvmBackend, kind: str) -> Callable[..., Any]:
     """The transposing kernels, found without writing their text again: this is on every call's path."""
-    lanes = backend.isa.lanes
-    if kind in ("rows", "tokens"):
-        return backend.load(pack_rows_source(lanes) if kind == "rows" else pack_tokens_source(lanes))
-    return backend.load(unpack_rows_source(lanes, kind == "add"))
+    source = pack_rows_source if kind == "rows" else pack_tokens_source
+    return backend.load(source(backend.isa.lanes))
 
 
 def _module(source: str, isa: Isa) -> Any:

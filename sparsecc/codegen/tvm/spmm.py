@@ -1,14 +1,15 @@
 """Family spmm: sparse weight [N, K] times many tokens.
 
-Activations come token-minor, best in tiles x[tile][k][T] with T = lanes * vectors tokens, so that a weight (or a row of a block) is one broadcast and
-every load is one aligned cache line. A block of rows x `vectors` accumulators stays in registers over the kept blocks of a row.
-Terms, and panels of columns, add up through y, which stays in cache: one task is one tile x `chunk` rows.
+Activations come token-minor, best in tiles x[tile][k][T] with T = lanes * vectors tokens, so that a weight (or a row of a block) is
+one broadcast and every load is one aligned cache line. A block of rows x `vectors` accumulators stays in registers over the kept
+blocks of a row. Terms, and panels of columns, add up through the task's output, which stays in cache.
 
-    for task in parallel(tiles * chunks):          y[tile][n][T]  (or token-minor y[n][M])
+    for task in parallel(tiles * chunks):                     one tile of tokens x `chunk` rows
         for term, panel, block row in the chunk:
-            acc = bias or y
+            acc = bias or out
             for kept block (j, col):  acc[row][v] += val[j][row] * x[tile][col][v]
-            y = acc, with the epilogue after the last term
+            out = acc, with the epilogue after the last term
+        y[m][n] = transposed out + residual                   layout "row"; for "token", out is y[n][m] itself
 """
 
 from __future__ import annotations
@@ -18,46 +19,53 @@ from dataclasses import dataclass
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.entries import pointers, value, write_entries
+from sparsecc.codegen.tvm.tiles import write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
 
-INTS = ("M", "N", "tiles", "chunk", "x_stride", "x_tile", "row_stride", "tile_stride", "res_stride")
-"""Scalar arguments. chunk: rows per task, a multiple of every block's rows; x_stride, x_tile: between features and between tiles of x,
-which may be packed or, with whole vectors of tokens, token-minor; row_stride, tile_stride: likewise of y; res_stride: between the features of a token-minor residual. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
+INTS = ("M", "N", "tiles", "x_stride", "x_tile", "y_stride", "res_stride")
+"""Scalar arguments. x_stride, x_tile: between features and between tiles of x, which may be packed or, with whole vectors of tokens,
+token-minor; y_stride, res_stride: between tokens (layout "row") or features ("token"). Per term follow C{t} (coordinates per parent)
+and P{t} (panels)."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Registers of one variant: `vectors` token vectors starting at `offset` (an expression) in the tile."""
+    """Registers of one variant: `vectors` token vectors starting at `offset` (an expression) in the tile; where its rows go."""
 
     lanes: int
     vectors: int
     offset: str
+    buffer: str
+    row_at: str
 
-    def address(self, base: str, r: int) -> str:
-        return f"{base} + {self.offset} + {r * self.lanes}"
+    def out(self, row: str, vector: int | str) -> str:
+        """The output's vector of a row."""
+        step = f"{vector * self.lanes}" if isinstance(vector, int) else f"{vector} * {self.lanes}"
+        return vec(self.buffer, f"{self.row_at.format(row=row)} + {self.offset} + {step}", self.lanes)
 
 
-def spmm_source(spec: KernelSpec, vectors: int, unroll: int, lanes: int, registers: int) -> str:
-    """The kernel's text. `vectors` is a power of two; `registers` bounds the accumulators."""
+def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: int, registers: int) -> str:
+    """The kernel's text. `vectors` is a power of two; `chunk`, rows per task, a multiple of every block's rows; `registers` bounds
+    the accumulators."""
     w = Writer()
-    params = {"x": "float32", "y": "float32", "bias": "float32"}
-    token_residual = spec.residual and spec.layout == "token"
-    if token_residual:
-        params["res"] = "float32"
+    params = {"x": "float32", "y": "float32", "bias": "float32"} | ({"res": "float32"} if spec.residual else {})
     for t, fmt in enumerate(spec.formats):
         params |= pointers(fmt, spec.wide, t)
     sizes = tuple(f"{name}{t}" for t in range(len(spec.formats)) for name in "CP")
-    width = lanes * vectors
+    width, by_rows = lanes * vectors, spec.layout == "row"
+    buffer, row_at = ("out", f"({{row}} - first) * {width}") if by_rows else ("y", "yt + ({row}) * y_stride")
     with w.function("spmm", params, INTS + sizes):
-        w("chunks: T.let = (N + chunk - 1) // chunk")
+        w(f"chunks: T.let = (N + {chunk - 1}) // {chunk}")
         with w.block("for task in T.parallel(tiles * chunks):"):
             w.opaque("tile", "task // chunks")
-            w.opaque("first", "task % chunks * chunk")
-            w.opaque("last", "T.min(N, first + chunk)")
+            w.opaque("first", f"task % chunks * {chunk}")
+            w.opaque("last", f"T.min(N, first + {chunk})")
             w.opaque("left", f"T.min((M - tile * {width} + {lanes - 1}) // {lanes}, T.int64({vectors}))")
             w("xt: T.let = tile * x_tile")
-            w("yt: T.let = tile * tile_stride")
+            w(f"yt: T.let = tile * {width}")
+            if by_rows:
+                w(f'out = T.alloc_buffer(({chunk * width},), "float32", scope="local")')
             part = vectors
             while part:  # the last tile may be narrower: its vectors are the sum of smaller powers of two
                 test = f"left == {part}" if part == vectors else f"T.bitwise_and(left, T.int64({part})) != 0"
@@ -65,14 +73,17 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, lanes: int, registe
                     test = f"(left < {vectors}) and ({test})"
                 with w.block(f"if {test}:"):
                     offset = "T.int64(0)" if part == vectors else w.let("offset", f"left // {2 * part} * {2 * part * lanes}")
-                    tile = Tile(lanes, part, offset)
+                    tile = Tile(lanes, part, offset, buffer, row_at)
                     for t in range(len(spec.formats)):
-                        _write_term(w, spec, t, tile, unroll, registers, token_residual)
+                        _write_term(w, spec, t, tile, unroll, registers)
                 part //= 2
+            if by_rows:
+                with w.block("for slab in range(left):"):
+                    write_rows(w, lanes, spec.residual, f"yt + slab * {lanes}", f"slab * {lanes}", width)
     return w.text
 
 
-def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, registers: int, residual: bool) -> None:
+def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, registers: int) -> None:
     fmt = spec.formats[t]
     br = fmt.block[0]
     rows = max(r for r in range(1, br + 1) if br % r == 0 and (r == 1 or r * tile.vectors <= registers and r <= 8))
@@ -87,7 +98,7 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, re
                 w(f"parent: T.let = {f'p{t} * {parents} + ' if panels else ''}first // {br} + i")
                 w(f'acc = T.alloc_buffer(({sets * rows * tile.vectors * tile.lanes},), "float32", scope="local")')
                 acc = lambda s, b, r: vec("acc", ((s * rows + b) * tile.vectors + r) * tile.lanes, tile.lanes)  # noqa: E731
-                y = lambda b, r: vec("y", tile.address(f"yt + (row + {b}) * row_stride", r), tile.lanes)  # noqa: E731
+                y = lambda b, r: tile.out(f"row + {b}", r)  # noqa: E731
                 _write_start(w, spec, t, tile, rows, sets, acc, y, panels)
                 xk = f"p{t} * C{t} + " if panels else ""
                 _write_products(w, fmt, t, tile, unroll, rows, sets, acc, xk, sub)
@@ -96,6 +107,7 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, re
                         for r in range(tile.vectors):
                             total = " + ".join(acc(s, b, r) for s in range(sets))
                             w(f"{y(b, r)} = {total}")
+                residual = spec.residual and spec.layout == "token"
                 if t == len(spec.formats) - 1 and (spec.epilogue or residual):
                     with w.block_if(panels, f"if p{t} == P{t} - 1:"):
                         _write_end(w, spec, tile, rows, residual)
@@ -152,11 +164,10 @@ def _write_products(
 
 
 def _write_end(w: Writer, spec: KernelSpec, tile: Tile, rows: int, residual: bool) -> None:
-    with w.block(f"for out in range(T.min(T.int64({rows}), N - row) * {tile.vectors}):"):
-        w(f"at: T.let = yt + (row + out // {tile.vectors}) * row_stride + {tile.offset} + out % {tile.vectors} * {tile.lanes}")
-        out = vec("y", "at", tile.lanes)
-        result = write_activation(w, spec.epilogue, out, tile.lanes) if spec.epilogue else out
-        if residual:
-            w(f"rt: T.let = (row + out // {tile.vectors}) * res_stride + (at - yt - (row + out // {tile.vectors}) * row_stride) + yt")
-            result = f"{result} + {vec('res', 'rt', tile.lanes)}"
-        w(f"{out} = {result}")
+    with w.block(f"for e_row in range(T.min(T.int64({rows}), N - row)):"):
+        outs = [tile.out("row + e_row", r) for r in range(tile.vectors)]
+        results = write_activation(w, spec.epilogue, outs, tile.lanes) if spec.epilogue else outs
+        for r, (out, result) in enumerate(zip(outs, results, strict=True)):
+            at = f"yt + (row + e_row) * res_stride + {tile.offset} + {r * tile.lanes}"
+            plus = f" + {vec('res', at, tile.lanes)}" if residual else ""
+            w(f"{out} = {result}{plus}")

@@ -32,7 +32,7 @@ def spmv_source(spec: KernelSpec, unroll: int, lanes: int) -> str:
                 _write_term(w, spec, t, unroll, lanes)
             if spec.epilogue or spec.residual:
                 with w.block("for out in range(last - first):"):
-                    result = write_activation(w, spec.epilogue, "y[first + out]", 1) if spec.epilogue else "y[first + out]"
+                    result = write_activation(w, spec.epilogue, ["y[first + out]"], 1)[0] if spec.epilogue else "y[first + out]"
                     w(f"y[first + out] = {result}{' + res[first + out]' if spec.residual else ''}")
     return w.text
 

@@ -2,7 +2,7 @@
 
 pack_rows    x[m][k], features consecutive  -> tiles, zeros where k >= K
 pack_tokens  x[k][m], tokens consecutive    -> tiles
-unpack_rows  tiles -> y[m][n] (+ residual[m][n])
+write_rows   the inverse of pack_rows, written into the kernels that produce the values
 Tokens up to the next full vector are zero in packed tiles.
 """
 
@@ -48,25 +48,20 @@ def pack_tokens_source(lanes: int) -> str:
     return w.text
 
 
-def unpack_rows_source(lanes: int, residual: bool) -> str:
-    """f(x=tiles, y, [res,] M, N, stride, width, res_stride): y[m * stride + n], tiles of N features."""
-    w = Writer()
-    pointers = FLOATS | ({"res": "float32"} if residual else {})
-    name = "unpack_rows_add" if residual else "unpack_rows"
-    plus = lambda at, n: f" + {vec('res', at, n)}" if residual else ""  # noqa: E731
-    with w.function(name, pointers, ("M", "N", "stride", "width", "res_stride")):
-        _tasks(w, "N", lanes)
-        w("at: T.let = m // width * N * width + m % width")
-        w.opaque("whole", f"T.Select(m + {lanes} <= M, first + (last - first) // {lanes} * {lanes}, first)")
-        with w.block(f"for nb in range((whole - first) // {lanes}):"):
-            w(f"n: T.let = first + nb * {lanes}")
-            extra = {i: plus(f"(m + {i}) * res_stride + n", lanes) for i in range(lanes)}
-            _transpose(w, lanes, lambda i: vec("x", f"at + (n + {i}) * width", lanes), lambda i: vec("y", f"(m + {i}) * stride + n", lanes), extra)
-        with w.block("for nr in range(last - whole):"):
-            with w.block(f"for i in range(T.min(T.int64({lanes}), M - m)):"):
-                w("n: T.let = whole + nr")
-                w(f"y[(m + i) * stride + n] = x[at + n * width + i]{plus('(m + i) * res_stride + n', 1)}")
-    return w.text
+def write_rows(w: Writer, lanes: int, residual: bool, m: str, offset: str, width: int) -> None:
+    """Transposes `lanes` tokens of `out`[feature - first][width], from `offset` on, into y[m * y_stride + n] for features first..last,
+    and adds res[m * res_stride + n]."""
+    plus = lambda row, n, size: f" + {vec('res', f'({row}) * res_stride + {n}', size)}" if residual else ""  # noqa: E731
+    w.opaque("m", m)
+    w.opaque("whole", f"T.Select(m + {lanes} <= M, (last - first) // {lanes} * {lanes}, T.int64(0))")
+    with w.block(f"for nb in range(whole // {lanes}):"):
+        w(f"n: T.let = nb * {lanes}")
+        extra = {i: plus(f"m + {i}", "first + n", lanes) for i in range(lanes)}
+        load = lambda i: vec("out", f"(n + {i}) * {width} + {offset}", lanes)  # noqa: E731
+        _transpose(w, lanes, load, lambda i: vec("y", f"(m + {i}) * y_stride + first + n", lanes), extra)
+    with w.block("for nr in range(last - first - whole):"), w.block(f"for i in range(T.min(T.int64({lanes}), M - m)):"):
+        w("n: T.let = whole + nr")
+        w(f"y[(m + i) * y_stride + first + n] = out[n * {width} + {offset} + i]{plus('m + i', 'first + n', 1)}")
 
 
 def _tasks(w: Writer, features: str, lanes: int) -> None:

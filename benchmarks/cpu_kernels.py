@@ -1,0 +1,206 @@
+"""Linear kernels alone, as fractions of what the machine reaches in the same milliseconds: the worker of `benchmarks/cpu.py kernels`.
+
+    python -m benchmarks.cpu_kernels '{"threads": 1, "shapes": ["768x768"], "tokens": [64], "sparsities": [0.9]}' OUT.jsonl
+
+A shared machine slows by half for seconds, so every sample of a kernel stands between two samples of a limit and only their ratio
+counts. The limit is fp32 multiply-adds on registers (`peaks`: "register") for many tokens, and for one token reads of as many bytes
+as the packed weight has, from memory of the same footprint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.limits import FmaLimit, Limit, ReadLimit
+from sparsecc.codegen.config import to_text
+from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.formats import Format, parse_format
+from sparsecc.formats.level import NM
+from sparsecc.runtime import launch
+from sparsecc.runtime.launch import LinearKernel
+
+FORMATS = ("bsr(4, 1)", "bsr(8, 1)", "bsr(16, 1)", "csr", "nm(2, 4)", "bitmap", "bsr(16, 16)")
+SAMPLE = 400e-6
+"""Seconds of a sample: long against a call from Python, short against a neighbour's burst."""
+FOOTPRINT = 256 << 20
+"""Bytes of copies that one-token calls take in turn, as a model's layers do; fewer where that needs more than COPIES of them."""
+COPIES = 64
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does: every shape "NxK" x format x sparsity x number of tokens. seconds: per row, rounds: at least so many."""
+
+    threads: int
+    shapes: list[str]
+    tokens: list[int]
+    sparsities: list[float]
+    formats: list[str] = field(default_factory=lambda: list(FORMATS))
+    seconds: float = 0.6
+    rounds: int = 9
+
+
+class Recorder:
+    """Stands for a kernel's code, and keeps the arguments and scratch of its last call so that this step can be run by itself."""
+
+    def __init__(self, code: Callable[..., Any]) -> None:
+        self.code = code
+        self.step: Callable[[], Any] = lambda: None
+
+    def __call__(self, *args: Any) -> None:
+        code, scratch = self.code, getattr(launch._LOCAL, "scratch", None)
+        self.step = lambda keep=scratch: code(*args)
+        code(*args)
+
+
+def record(kernel: LinearKernel, call: Callable[[], Tensor]) -> Callable[[], Any]:
+    """The step between packing and unpacking of `call`, with its result kept alive."""
+    regime, recorder = next((name, Recorder(code)) for name, code in kernel._code.items())
+    kernel._code[regime] = recorder
+    result = call()
+    kernel._code[regime] = recorder.code
+    return lambda step=recorder.step, keep=result: step()
+
+
+def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int) -> dict[str, dict[str, float]]:
+    """Time `fns` in turn, each sample between two of the limit. Per function: seconds (median), fraction (median) of the limit's
+    rate at which it does `work`, top (the upper quartile of that, the rounds that nobody disturbed)."""
+    repeats = {name: _repeats(f) for name, f in fns.items()}
+    took: dict[str, list[float]] = {name: [] for name in fns}
+    fractions: dict[str, list[float]] = {name: [] for name in fns}
+    end = time.perf_counter() + seconds
+    limit.rate(SAMPLE)
+    before = limit.rate(SAMPLE)
+    while len(took[next(iter(fns))]) < rounds or time.perf_counter() < end:
+        for name, f in fns.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                f()
+            took[name].append((time.perf_counter() - start) / repeats[name])
+            after = limit.rate(SAMPLE)
+            fractions[name].append(work / took[name][-1] / ((before + after) / 2))
+            before = after
+    top = {name: quantiles(f, n=4)[2] for name, f in fractions.items()}
+    return {name: {"seconds": median(took[name]), "fraction": median(fractions[name]), "top": top[name]} for name in fns}
+
+
+def _repeats(f: Callable[[], Any]) -> int:
+    """Calls per sample; the first warms up."""
+    f()
+    start = time.perf_counter()
+    f()
+    return max(1, min(1000, math.ceil(SAMPLE / max(1e-7, time.perf_counter() - start))))
+
+
+def weight_of(fmt: Format, sparsity: float, N: int, K: int) -> Tensor:
+    """f32 [N, K]; each block kept by chance, or any n of every m."""
+    random = torch.Generator().manual_seed(0)
+    br, bc = fmt.block
+    if isinstance(fmt.level, NM):
+        groups = torch.rand(N, K // fmt.level.m, fmt.level.m, generator=random)
+        kept = (groups.argsort(-1).argsort(-1) < fmt.level.n).view(N, K)
+    else:
+        kept = torch.rand(-(-N // br), -(-K // bc), generator=random) >= sparsity
+        kept = kept.repeat_interleave(br, 0)[:N].repeat_interleave(bc, 1)[:, :K]
+    return torch.randn(N, K, generator=random).mul_(kept)
+
+
+def rows(job: Job, backend: TvmBackend) -> Iterator[dict[str, Any]]:
+    """One per weight and number of tokens."""
+    fma = FmaLimit(job.threads)
+    for shape, text in itertools.product(job.shapes, job.formats):
+        fmt = parse_format(text)
+        N, K = map(int, shape.split("x"))
+        fixed = re.fullmatch(r"nm\((\d+), (\d+)\).*", text)
+        for sparsity in [1 - int(fixed[1]) / int(fixed[2])] if fixed else job.sparsities:
+            weight = weight_of(fmt, sparsity, N, K)
+            arrays = list(fmt.pack(weight).values())
+            for tokens in job.tokens:
+                row = {"threads": job.threads, "shape": shape, "format": text, "sparsity": sparsity, "tokens": tokens}
+                try:
+                    yield row | measure(job, backend, fmt, weight, arrays, tokens, fma)
+                except Exception as problem:  # the other rows still count
+                    yield row | {"failed": f"{type(problem).__name__}: {problem}"[:300]}
+
+
+def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: list[Tensor], tokens: int, fma: FmaLimit) -> dict[str, Any]:
+    """The best configuration of the backend's space, checked: "step" (the kernel on packed tiles), "call" (row-major in and out),
+    "inplace" (token-minor in and out, as between a model's layers; not for one token)."""
+    N, K = weight.shape
+    spec = KernelSpec((fmt,), regime="one" if tokens == 1 else "many", ragged=N % fmt.block[0] > 0, wide=K > 65536)
+    x, nbytes = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)), sum(a.nbytes for a in arrays)
+    sets = [arrays]
+    limit: Limit = fma
+    if tokens == 1:
+        sets += [[a.clone() for a in arrays] for _ in range(min(COPIES, FOOTPRINT // nbytes) - 1)]
+        limit = ReadLimit(job.threads, nbytes, len(sets))
+    work = nbytes if tokens == 1 else 2 * int(weight.count_nonzero()) * tokens
+    contest: list[tuple[float, CpuConfig]] = []
+    for config in backend.space(spec):
+        fns = functions(LinearKernel(backend, spec, config, (N, K)).prepare(tokens), x, sets, weight)
+        contest.append((paired({"step": fns["step"]}, work, limit, job.seconds / 6, 3)["step"]["fraction"], config))
+    best = max(contest, key=lambda entry: entry[0])[1]
+    fns = functions(LinearKernel(backend, spec, best, (N, K)).prepare(tokens), x, sets, weight)
+    if tokens > 1:
+        across = LinearKernel(backend, KernelSpec(**{**vars(spec), "layout": "token"}), best, (N, K)).prepare(tokens)
+        buffer = torch.zeros(K, -(-tokens // launch.TOKENS) * launch.TOKENS)
+        buffer[:, :tokens] = x.t()
+        fns["inplace"] = functions(across, buffer.t()[:tokens], sets, weight)["call"]
+    result: dict[str, Any] = {"config": to_text(best), "bytes": nbytes, "limit": limit.rate(50 * SAMPLE), "copies": len(sets)}
+    return result | paired(fns, work, limit, job.seconds, job.rounds)
+
+
+def functions(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight: Tensor) -> dict[str, Callable[[], Any]]:
+    """{"step", "call"} of a kernel, over the copies of the weight in turn. Raises ValueError if some outputs are wrong."""
+    calls = [lambda arrays=arrays: kernel(x, arrays, None, None) for arrays in sets]
+    some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(2))[:256]
+    wanted = x.double() @ weight[some].double().t()
+    wrong = float((calls[0]()[:, some] - wanted).abs().max() / wanted.abs().max())
+    if not wrong < TOLERANCE:
+        raise ValueError(f"{kernel.spec} {kernel.config} is wrong by {wrong:.2g} of the largest output")
+    return {"step": _in_turn([record(kernel, call) for call in calls]), "call": _in_turn(calls)}
+
+
+def _in_turn(fns: list[Callable[[], Any]]) -> Callable[[], Any]:
+    if len(fns) == 1:
+        return fns[0]
+    turn = itertools.cycle(fns)
+    return lambda: next(turn)()
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A line of progress."""
+    head = f"{row['shape']:>11} {row['format']:11} {row['sparsity']:.0%} M={row['tokens']:<4}"
+    if "failed" in row:
+        return f"{head} {row['failed']}"
+    return f"{head} " + "  ".join(f"{kind} {row[kind]['fraction']:.2f}" for kind in ("step", "call", "inplace") if kind in row)
+
+
+def main() -> None:
+    """Run the job of the command line and append a row at a time to the file."""
+    job = Job(**json.loads(sys.argv[1]))
+    torch.set_num_threads(job.threads)
+    with torch.no_grad(), Path(sys.argv[2]).open("a") as file:
+        for row in rows(job, TvmBackend.of()):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(f"  {job.threads} threads {describe(row)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""One model with one pattern, compiled and timed against dense torch: the worker process of `benchmarks/cpu.py models`.
+
+    python -m benchmarks.cpu_models '{"task": "measure", "model": "minilm", "pattern": "block(4, 1, 0.9)", "threads": 1}' OUT.jsonl
+
+Encoders run a batch of full rows. The decoder runs one token on a KV cache that holds a prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+from torch import Tensor, nn
+
+import sparsecc
+from benchmarks.cpu_decode import Decoder
+from examples import models
+from sparsecc.autotune.measure import Timing, interleaved
+
+FP32 = ("eager fp32", "compile fp32", "freezing fp32")
+BF16 = ("eager bf16", "compile bf16")
+CALLS = 3
+"""Calls per sample: a model that runs alone finds its own weights in the shared cache, one that takes turns with five others does not."""
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does. task: "compile" (seconds until the first output) or "measure". seconds: per contestant."""
+
+    task: str
+    model: str
+    pattern: str
+    threads: int
+    batch: int = 1
+    seq: int = 128
+    seconds: float = 4.0
+    quick: bool = False
+
+
+class Encoder:
+    """A BERT: `bind` gives the timed call, `check` compares on sentences of other lengths and batches, padded."""
+
+    def __init__(self, model: nn.Module, job: Job) -> None:
+        self.model, self.tokens = model, f"{job.batch} x {job.seq}"
+        self._inputs = models.minilm_inputs(job.batch, job.seq)
+
+    def bind(self, call: Callable[..., Any], eager: nn.Module) -> Callable[[], Tensor]:
+        """One forward pass: f32 or bf16 [batch, seq, hidden]."""
+        return lambda: call(**self._inputs).last_hidden_state
+
+    def first(self, compiled: Callable[..., Any]) -> None:
+        """What a user waits for."""
+        self.bind(compiled, self.model)()
+
+    def check(self, compiled: Callable[..., Any], quick: bool) -> dict[str, Any]:
+        """{"errors": {batch: largest error as a fraction of the largest output}}."""
+        errors = {}
+        for batch in (1,) if quick else (1, 16):
+            inputs = models.minilm_inputs(batch)
+            errors[f"{batch} x {inputs['input_ids'].shape[1]}"] = error(compiled(**inputs)[0], self.model(**inputs)[0])
+        return {"errors": errors}
+
+
+def error(out: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference, as a fraction of the largest magnitude wanted."""
+    return float((out.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+
+
+def sparsity_of(pattern: str) -> str | None:
+    """What `compile` is told: the pattern, or nothing where too few zeros are there for a user to ask for their use."""
+    few = re.fullmatch(r"unstructured\((0?\.\d+)\)", pattern)
+    return None if pattern == "dense" or (few and float(few[1]) < 0.5) else pattern
+
+
+def case_of(job: Job) -> Encoder | Decoder:
+    """The pruned model and how it is called. By magnitude; the decoder by Wanda, so that it still writes sentences."""
+    if job.model == "smollm2":
+        decoder = Decoder(models.smollm2(), models.smollm2_tokenizer())
+        if job.pattern != "dense":
+            sparsecc.prune(decoder.model, job.pattern, criterion="wanda", calibration=decoder.calibration())
+        return decoder
+    model = {"minilm": models.minilm, "bert": models.bert_base}[job.model]()
+    if job.pattern != "dense":
+        sparsecc.prune(model, job.pattern)
+    return Encoder(model, job)
+
+
+def compile_seconds(job: Job) -> dict[str, Any]:
+    """From a loaded model to its first output, all that was imported on the way included."""
+    case = case_of(job)
+    start = time.perf_counter()
+    case.first(sparsecc.compile(case.model, sparsity=sparsity_of(job.pattern)))
+    return {"seconds": time.perf_counter() - start}
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Check, then one interleaved run of every contestant. `speedup` holds medians of ratios between neighbours in time."""
+    case = case_of(job)
+    compiled = sparsecc.compile(case.model, sparsity=sparsity_of(job.pattern))
+    ours = case.bind(compiled, case.model)
+    row: dict[str, Any] = {**asdict(job), "tokens": case.tokens, "sparsity": sparsity_of(job.pattern)}
+    row["error"] = error(ours(), case.bind(case.model, case.model)())
+    totals = compiled.explain(len(compiled.graphs) - 1).totals()
+    row["layers"] = {kind: totals[kind] for kind in ("sparse", "dense")}
+    contestants, row["failed"] = _contestants(case, job.quick)
+    timings = interleaved({"sparsecc": _sample(ours), **contestants}, job.seconds * (1 + len(contestants)), 2 if job.quick else ROUNDS)
+    row |= summary(timings)
+    return row | case.check(compiled, job.quick)
+
+
+def summary(timings: dict[str, Timing]) -> dict[str, Any]:
+    """Milliseconds a call, the speed-up over each contestant, and over the best of them (None where none ran)."""
+    speedup = {name: t.ratio for name, t in timings.items() if name != "sparsecc"}
+    return {
+        "ms": {name: 1e3 * t.median / CALLS for name, t in timings.items()},
+        "best_ms": {name: 1e3 * t.best / CALLS for name, t in timings.items()},
+        "speedup": speedup,
+        "vs_fp32": min((speedup[name] for name in FP32 if name in speedup), default=None),
+        "vs_any": min(speedup.values(), default=None),
+    }
+
+
+def _contestants(case: Encoder | Decoder, quick: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Dense torch in every form that compiles here, warmed up, and why the others do not run. Forms differ in `options`, since
+    Dynamo shares code between models that it cannot tell apart."""
+    half = copy.deepcopy(case.model).bfloat16()
+    built: dict[str, Callable[[], Any]] = {}
+    failed: dict[str, str] = {}
+    for name in FP32[:1] if quick else FP32 + BF16:
+        model = half if name.endswith("bf16") else case.model
+        freezing = name.startswith("freezing")
+        call: Any = model
+        if not name.startswith("eager"):
+            call = torch.compile(model, options={"freezing": True} if freezing else None)
+        run = case.bind(call, model)
+        try:
+            # Dynamo asks for `freezing` when it traces: the option alone, which Inductor heeds, comes too late.
+            with inductor.patch(freezing=freezing):
+                run()
+                run()
+        except Exception as problem:  # no C++ compiler, a bug of this release: the others still compare
+            failed[name] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:300]
+        else:
+            built[name] = _sample(run)
+    return built, failed
+
+
+def _sample(run: Callable[[], Any]) -> Callable[[], None]:
+    def calls() -> None:
+        for _ in range(CALLS):
+            run()
+
+    return calls
+
+
+def main() -> None:
+    """Run the job of the command line and append its row to the file."""
+    job = Job(**json.loads(sys.argv[1]))
+    torch.set_num_threads(job.threads)
+    torch._dynamo.config.recompile_limit = 64  # six contestants share the model's code
+    with torch.no_grad():
+        row = (compile_seconds if job.task == "compile" else measure)(job)
+    with Path(sys.argv[2]).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Kernel sources, line by line: what a change to the generators does to them shows in the diff of tests/golden.
+
+After a change that is meant, run with UPDATE_GOLDENS=1 and read the diff.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+import pytest
+
+from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.codegen.tvm.host import Isa
+from sparsecc.codegen.tvm.tiles import unpack_rows_source
+from sparsecc.formats import parse_format
+
+FOLDER = Path(__file__).parents[1] / "golden"
+BACKEND = TvmBackend(Isa("golden", lanes=4, registers=8, mcpu="x86-64"))  # of no machine: equal everywhere
+
+
+def source(text: str, config: CpuConfig, **fields: object) -> str:
+    formats = tuple(parse_format(part) for part in text.split(" + "))
+    return BACKEND.source(KernelSpec(formats, **fields), config)  # type: ignore[arg-type]
+
+
+GOLDENS = {
+    "spmm_bsr_4_1": source("bsr(4, 1)", CpuConfig(1, 1)),
+    "spmm_nm_gelu_residual_token": source("nm(2, 4)", CpuConfig(1, 1), epilogue="gelu", residual=True, layout="token"),
+    "spmm_two_terms_ragged": source("bsr(2, 1) + csr.bf16", CpuConfig(1, 1), ragged=True),
+    "spmv_csr_silu": source("csr", CpuConfig(1, 4), epilogue="silu", regime="one"),
+    "spmv_bitmap_panels": source("bitmap.block(4, 1).panels(32)", CpuConfig(1, 4), regime="one"),
+    "unpack_rows_add": unpack_rows_source(2, True),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_source(name: str) -> None:
+    file, text = FOLDER / f"{name}.py", GOLDENS[name]
+    if os.environ.get("UPDATE_GOLDENS"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert file.exists(), f"no golden {file.name}: run with UPDATE_GOLDENS=1"
+    changes = difflib.unified_diff(file.read_text().splitlines(), text.splitlines(), file.name, "now", lineterm="")
+    assert not (diff := "\n".join(changes)), f"kernel source changed; if meant, run with UPDATE_GOLDENS=1\n{diff}"
+
+
+def test_no_golden_is_left_over() -> None:
+    assert {file.stem for file in FOLDER.glob("*.py")} == set(GOLDENS)
+
+
+def test_source_is_a_pure_function() -> None:
+    spec = KernelSpec((parse_format("bsr(4, 1)"),), "gelu", True)
+    assert BACKEND.source(spec, CpuConfig()) == BACKEND.source(spec, CpuConfig())
+    assert "spmm" in BACKEND.source(spec, CpuConfig()).split("(")[1] + BACKEND.source(spec, CpuConfig())
