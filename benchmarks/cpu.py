@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +59,8 @@ def worker(module: str, job: dict[str, Any], **env: str) -> list[dict[str, Any]]
     threads = str(job["threads"])
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **env}
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
-        done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", json.dumps(job), out.name], env=env, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", f"benchmarks.{module}", json.dumps(job), out.name]
+        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
         rows = [json.loads(line) for line in Path(out.name).read_text().splitlines()]
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -119,7 +121,7 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         head = [row["model"], row["pattern"], str(row["threads"])]
         if "ms" not in row:
-            table.add_row(*head, f"[red]{_told(row)}")
+            table.add_row(*head, f"[red]{escape(_told(row))}")
             continue
         layers, greedy = row["layers"], row.get("greedy")
         worst = max([row["error"], *row.get("errors", {}).values()])
@@ -133,12 +135,14 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
 
 def kernels_table(rows: list[dict[str, Any]]) -> Table:
     """Fractions of the limit, median and upper quartile."""
-    table = Table(title="kernels: fraction of the fp32 FMA peak (M > 1) or of the read bandwidth (M = 1), median (upper quartile)")
-    for name in ("N x K", "format", "zeros", "M", "threads", "limit GFLOP/s or GB/s", "kernel us", "kernel", "whole call", "token-minor call", "configuration"):
-        table.add_column(name, justify="left" if name in ("N x K", "format", "configuration") else "right", no_wrap=name != "configuration")
+    table = Table(title="kernels: fraction of the fp32 FMA peak (M > 1, FLOP/s) or of the read bandwidth (M = 1, B/s), median (upper quartile)")
+    left, numbers = ("N x K", "format"), ("zeros", "M", "threads", "limit G/s", "kernel us", "kernel", "whole call", "token-minor call")
+    for name in (*left, *numbers, "configuration"):
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != "configuration")
     for row in rows:
         if "step" not in row:
-            table.add_row(row.get("shape", ""), row.get("format", ""), "", str(row.get("tokens", "")), str(row["threads"]), f"[red]{row['failed']}")
+            told = "" if "shape" not in row else str(row["tokens"])
+            table.add_row(row.get("shape", ""), row.get("format", ""), "", told, str(row["threads"]), "", "", f"[red]{escape(row['failed'])}")
             continue
         shares = [f"{row[k]['fraction']:.2f} ({row[k]['top']:.2f})" if k in row else "" for k in ("step", "call", "inplace")]
         head = [row["shape"], row["format"], f"{row['sparsity']:.0%}", str(row["tokens"]), str(row["threads"])]

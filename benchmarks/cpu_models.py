@@ -25,6 +25,7 @@ import sparsecc
 from benchmarks.cpu_decode import Decoder
 from examples import models
 from sparsecc.autotune.measure import Timing, interleaved
+from sparsecc.explain import is_sparse
 
 FP32 = ("eager fp32", "compile fp32", "freezing fp32")
 BF16 = ("eager bf16", "compile bf16")
@@ -110,8 +111,10 @@ def measure(job: Job) -> dict[str, Any]:
     ours = case.bind(compiled, case.model)
     row: dict[str, Any] = {**asdict(job), "tokens": case.tokens, "sparsity": sparsity_of(job.pattern)}
     row["error"] = error(ours(), case.bind(case.model, case.model)())
-    totals = compiled.explain(len(compiled.graphs) - 1).totals()
+    explained = compiled.explain(len(compiled.graphs) - 1)
+    totals = explained.totals()
     row["layers"] = {kind: totals[kind] for kind in ("sparse", "dense")}
+    row["dense_because"] = sorted({str(r.reason) for r in explained.regions if not is_sparse(r)})[:5]
     contestants, row["failed"] = _contestants(case, job.quick)
     timings = interleaved({"sparsecc": _sample(ours), **contestants}, job.seconds * (1 + len(contestants)), 2 if job.quick else ROUNDS)
     row |= summary(timings)

@@ -1,8 +1,18 @@
 """sparsecc turns the sparsity of PyTorch models into speed."""
 
-from sparsecc import dynamo as _dynamo  # registers the torch.compile backend
+import sparsecc.dynamo  # noqa: F401  (registers the torch.compile backend)
 from sparsecc.compile import compile
-from sparsecc.errors import CaptureError, FormatError, PatternViolation, ShapeError, SparseccError, SpecError, TargetError, TextError, VerifyError
+from sparsecc.errors import (
+    CaptureError,
+    FormatError,
+    PatternViolation,
+    ShapeError,
+    SparseccError,
+    SpecError,
+    TargetError,
+    TextError,
+    VerifyError,
+)
 from sparsecc.formats import ANY, block, cols, nm, rows, unstructured
 from sparsecc.prune import PruneReport, prune
 from sparsecc.runtime.module import CompiledModule

@@ -51,7 +51,8 @@ class Options:
             raise SpecError(f"remainder={self.remainder!r}: use 'auto', 'inductor' or 'eager'")
         kind = self.target.partition(":")[0]
         if kind not in ("cpu", "reference"):
-            raise TargetError(f"target {self.target!r} has no backend here: use 'cpu', 'cpu:avx512', 'cpu:avx2', 'cpu:portable' or 'reference'")
+            known = "'cpu', 'cpu:avx512', 'cpu:avx2', 'cpu:portable' or 'reference'"
+            raise TargetError(f"target {self.target!r} has no backend here: use {known}")
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Options:

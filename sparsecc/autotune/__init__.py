@@ -1,8 +1,8 @@
 """Choosing the fastest code: configurations, predicted cost, the contest on this machine, and the cache of its results."""
 
-from .cache import TuneCache
 from sparsecc.codegen.config import from_text, space_of, to_text, tunable
 
+from .cache import TuneCache
 from .cost import EFFICIENCY, OVERHEAD, M, Machine, Work, break_even, dense_work, efficiency, predict, work
 from .measure import Timing, interleaved
 from .progress import progress

@@ -31,4 +31,5 @@ class KernelSpec:
         """`linear(bsr(4, 1) + csr) gelu +residual -> row, many`"""
         tail = f" {self.epilogue}" if self.epilogue else ""
         facts = f"{', ragged' if self.ragged else ''}{', wide' if self.wide else ''}"
-        return f"linear({' + '.join(map(str, self.formats))}){tail}{' +residual' if self.residual else ''} -> {self.layout}, {self.regime}{facts}"
+        plus = " +residual" if self.residual else ""
+        return f"linear({' + '.join(map(str, self.formats))}){tail}{plus} -> {self.layout}, {self.regime}{facts}"

@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,9 @@ _END = 2**62  # slices to "the end" carry 2**63 - 1
 class Canonicalize:
     """The pass; see the file's docstring."""
 
-    name: ClassVar[str] = "canonicalize"
-    requires: ClassVar[tuple[str, ...]] = ()
-    ensures: ClassVar[tuple[str, ...]] = ("linears",)
+    name: str = "canonicalize"
+    requires: tuple[str, ...] = ()
+    ensures: tuple[str, ...] = ("linears",)
 
     @property
     def rules(self) -> Mapping[Any, Rule]:

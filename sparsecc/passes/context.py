@@ -49,7 +49,9 @@ class Tuner(Protocol):
         """The fastest way that was measured, dense included."""
         ...
 
-    def kernel(self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str) -> tuple[str, Kernel]:
+    def kernel(
+        self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str
+    ) -> tuple[str, Kernel]:
         """The key that stands in the program, and the code behind it."""
         ...
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,9 @@ class Fuse:
     """The pass; see the file's docstring. `dense_siblings` also merges linears without known zeros, which gains nothing sparse."""
 
     dense_siblings: bool = False
-    name: ClassVar[str] = "fuse"
-    requires: ClassVar[tuple[str, ...]] = ("linears",)
-    ensures: ClassVar[tuple[str, ...]] = ()
+    name: str = "fuse"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ()
 
     @property
     def rules(self) -> Mapping[Any, Rule]:

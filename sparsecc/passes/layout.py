@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -23,9 +23,9 @@ from sparsecc.passes.pack import tokens_of
 class Layout:
     """The pass; see the file's docstring."""
 
-    name: ClassVar[str] = "layout"
-    requires: ClassVar[tuple[str, ...]] = ("linears",)
-    ensures: ClassVar[tuple[str, ...]] = ()
+    name: str = "layout"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ()
 
     @property
     def rules(self) -> Mapping[Any, Rule]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,9 +30,9 @@ ATEN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 class Lower:
     """The pass; see the file's docstring."""
 
-    name: ClassVar[str] = "lower"
-    requires: ClassVar[tuple[str, ...]] = ("linears",)
-    ensures: ClassVar[tuple[str, ...]] = ("kernels",)
+    name: str = "lower"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ("kernels",)
 
     @property
     def rules(self) -> Mapping[Any, Rule]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -28,9 +28,9 @@ BITMAP_FROM = 0.25
 class Pack:
     """The pass; see the file's docstring."""
 
-    name: ClassVar[str] = "pack"
-    requires: ClassVar[tuple[str, ...]] = ("linears",)
-    ensures: ClassVar[tuple[str, ...]] = ("packed",)
+    name: str = "pack"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ("packed",)
 
     @property
     def rules(self) -> Mapping[Any, Rule]:
@@ -46,7 +46,7 @@ class Pack:
 
 def _pack(program: Program, view: LinearView, context: Context) -> None:
     assert context.tuner is not None
-    weight, pattern, region = program.const(view.params[0]), view.terms[0].pattern, program.region(view.node)
+    weight, pattern, region = program.const(view.params[0]), view.terms[0].zeros, program.region(view.node)
     name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
     codec = context.spec.rule_for(name).codec
     formats = formats_for(pattern, weight, codec)

@@ -15,7 +15,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import networkx as nx
 import torch
@@ -50,10 +50,13 @@ ELEMENTWISE = KEEPS_ZERO | FILLS_ZERO | PRODUCTS | SUMS
 class Propagate:
     """The pass; see the file's docstring."""
 
-    name: ClassVar[str] = "propagate"
-    requires: ClassVar[tuple[str, ...]] = ("linears",)
-    ensures: ClassVar[tuple[str, ...]] = ()
-    rules: ClassVar[Mapping[Any, Rule]] = {}
+    name: str = "propagate"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         changed = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -30,9 +30,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Select:
     """The pass; see the file's docstring."""
 
-    name: ClassVar[str] = "select"
-    requires: ClassVar[tuple[str, ...]] = ("linears",)
-    ensures: ClassVar[tuple[str, ...]] = ("patterns",)
+    name: str = "select"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ("patterns",)
 
     @property
     def rules(self) -> Mapping[Any, Rule]:

@@ -57,11 +57,12 @@ class LinearKernel:
         return self.backend.source(replace(self.spec, regime="one" if tokens == 1 else "many"), self._config(tokens))
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        N, K = self.shape
+        N = self.shape[0]
         dtype, lead = x.dtype, x.shape[:-1]
         if dtype != torch.float32:
             wide = self(x.float(), params, None if bias is None else bias.float(), None if residual is None else residual.float())
-            return wide.to(dtype)  # keeps the strides
+            # The planned strides, which have gaps between features: `to` would close them.
+            return torch.empty_strided(wide.shape, wide.stride(), dtype=dtype).copy_(wide)
         tokens = math.prod(lead)
         arrays = self._pointers(params)
         if bias is None:

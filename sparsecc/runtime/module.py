@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -65,6 +66,11 @@ class CompiledModule(nn.Module):
         """Capture and compile for these example inputs; calls must then fit them. Raises CaptureError."""
         self._example = (args, kwargs)
         self._add(args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of nn.Module, which torch.export replaces for all threads while one of them captures; ours goes around it."""
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        return super().__call__(*args, **kwargs) if hooked else self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         variants, misfit = self._variants, None
@@ -125,7 +131,7 @@ class CompiledModule(nn.Module):
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return compiled(*args, **kwargs)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
+            except BackendCompilerFailed as error:
                 inner = error.inner_exception if hasattr(error, "inner_exception") else error.__cause__
                 raise (inner if isinstance(inner, SparseccError) else CaptureError(f"{error}; torch.export: {reason}")) from error
 
@@ -155,7 +161,8 @@ class CompiledModule(nn.Module):
         history = self._graph(graph).history
         if stage is not None:
             return history.after(stage).text
-        return "\n".join(f"{i:02d} {s.name:<14}{len(s.program.graph.nodes):>6} nodes {1e3 * s.seconds:>9.1f} ms" for i, s in enumerate(history.steps))
+        lines = (f"{s.name:<14}{len(s.program.graph.nodes):>6} nodes {1e3 * s.seconds:>9.1f} ms" for s in history.steps)
+        return "\n".join(f"{i:02d} {line}" for i, line in enumerate(lines))
 
     def _graph(self, index: int) -> Any:
         graphs = self.graphs
@@ -216,7 +223,7 @@ class CompiledModule(nn.Module):
             return getattr(model, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CaptureError("a compiled module holds machine code and cannot be pickled: save the model (or its state_dict) and compile after loading")
+        raise CaptureError("a compiled module holds machine code and cannot be pickled or copied: save the model and compile after loading")
 
 
 def has_cache(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

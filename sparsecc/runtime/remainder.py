@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
@@ -28,7 +29,8 @@ def finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[Any
         if remainder == "inductor":
             raise
         first = str(error).strip().partition("\n")[0]
-        warnings.warn(f"sparsecc: Inductor cannot compile the dense remainder ({type(error).__name__}: {first}); it runs eagerly", stacklevel=2)
+        reason = f"{type(error).__name__}: {first}"
+        warnings.warn(f"sparsecc: Inductor cannot compile the dense remainder ({reason}); it runs eagerly", stacklevel=2)
         return _eager(program)
 
 
@@ -42,11 +44,12 @@ def has_compiler() -> bool:
 
 
 def _eager(program: Program) -> Callable[..., Sequence[Any]]:
-    gm = program.gm
+    _LazyGraphModule.force_recompile(program.gm)
+    forward = program.gm.forward  # not the module's call, which torch.export replaces for all threads while one of them captures
 
     def run(*inputs: Any) -> Sequence[Any]:
         with torch.no_grad():
-            return gm(*inputs)
+            return forward(*inputs)
 
     return run
 

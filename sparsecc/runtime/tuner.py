@@ -97,7 +97,8 @@ class CpuTuner:
             seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), problem.tokens, machine, efficiency(fmt))
             # Configurations of a format stand in the backend's order: the model doesn't know registers.
             entrants.append(Candidate(name, seconds * (1 + 0.15 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
-        return contest(Candidate("dense", dense_time, call.dense), entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline)
+        dense = Candidate("dense", dense_time, call.dense)
+        return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline)
 
     def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
         dense = next(r for r in results if r.name == "dense")
@@ -142,7 +143,7 @@ class Call:
         self.bias = torch.randn(N, generator=random).to(problem.weight.dtype)
         self.res = torch.randn(problem.tokens, N, generator=random).to(problem.weight.dtype) if problem.residual else None
         self.act = ACTIVATIONS[problem.epilogue].fn
-        lossy = any(fmt.codec.torch_dtype != torch.float32 for fmt in problem.formats)
+        lossy = any(str(fmt.codec) != "f32" for fmt in problem.formats)
         self.rounding = 1e-2 if lossy or problem.weight.dtype != torch.float32 else 0.0
 
     def dense(self) -> Callable[[], Tensor]:

@@ -86,7 +86,7 @@ def test_the_choice_is_noted() -> None:
     up, dense, down = program.linears()
     notes = program.region(up.node)
     assert up.plain and (notes.format, notes.choice, notes.reason) == ("dense", "dense", "because")
-    assert not dense.node.name in program.regions or program.region(dense.node).format == ""
+    assert dense.node.name not in program.regions or program.region(dense.node).format == ""
     notes = program.region(down.node)
     assert (notes.format, notes.choice, notes.bytes) == ("nm(2, 4)", "nm(2, 4) cpu(vectors=2)", 6 * 4 * 5)
     assert notes.times == {"dense": pytest.approx(4.0)}

@@ -86,39 +86,38 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: 
 def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, registers: int) -> None:
     fmt = spec.formats[t]
     br = fmt.block[0]
-    rows = max(r for r in range(1, br + 1) if br % r == 0 and (r == 1 or r * tile.vectors <= registers and r <= 8))
+    rows = max(r for r in range(1, br + 1) if br % r == 0 and (r == 1 or (r * tile.vectors <= registers and r <= 8)))
     sets = max(1, min(unroll * fmt.block[1], registers // (rows * tile.vectors), 4))
     panels = isinstance(fmt.swizzle, Panels)
     parents = f"((N + {br - 1}) // {br})"
     sub = f"sub * {rows}" if br > rows else "0"
-    with w.block_if(panels, f"for p{t} in range(P{t}):"):
-        with w.block(f"for i in range((last - first + {br - 1}) // {br}):"):
-            with w.block_if(br > rows, f"for sub in range({br // rows}):"):
-                w(f"row: T.let = first + i * {br} + {sub}")
-                w(f"parent: T.let = {f'p{t} * {parents} + ' if panels else ''}first // {br} + i")
-                w(f'acc = T.alloc_buffer(({sets * rows * tile.vectors * tile.lanes},), "float32", scope="local")')
-                acc = lambda s, b, r: vec("acc", ((s * rows + b) * tile.vectors + r) * tile.lanes, tile.lanes)  # noqa: E731
-                y = lambda b, r: tile.out(f"row + {b}", r)  # noqa: E731
-                _write_start(w, spec, t, tile, rows, sets, acc, y, panels)
-                xk = f"p{t} * C{t} + " if panels else ""
-                _write_products(w, fmt, t, tile, unroll, rows, sets, acc, xk, sub)
-                for b in range(rows):
-                    with _guard(w, spec, b):
-                        for r in range(tile.vectors):
-                            total = " + ".join(acc(s, b, r) for s in range(sets))
-                            w(f"{y(b, r)} = {total}")
-                residual = spec.residual and spec.layout == "token"
-                if t == len(spec.formats) - 1 and (spec.epilogue or residual):
-                    with w.block_if(panels, f"if p{t} == P{t} - 1:"):
-                        _write_end(w, spec, tile, rows, residual)
+    with w.block_if(panels, f"for p{t} in range(P{t}):"), w.block(f"for i in range((last - first + {br - 1}) // {br}):"):
+        with w.block_if(br > rows, f"for sub in range({br // rows}):"):
+            w(f"row: T.let = first + i * {br} + {sub}")
+            w(f"parent: T.let = {f'p{t} * {parents} + ' if panels else ''}first // {br} + i")
+            w(f'acc = T.alloc_buffer(({sets * rows * tile.vectors * tile.lanes},), "float32", scope="local")')
+            acc = lambda s, b, r: vec("acc", ((s * rows + b) * tile.vectors + r) * tile.lanes, tile.lanes)  # noqa: E731
+            y = lambda b, r: tile.out(f"row + {b}", r)  # noqa: E731
+            _write_start(w, spec, t, tile, rows, sets, acc, y, panels)
+            xk = f"p{t} * C{t} + " if panels else ""
+            _write_products(w, fmt, t, tile, unroll, rows, sets, acc, xk, sub)
+            for b in range(rows):
+                with _guard(w, spec, b):
+                    for r in range(tile.vectors):
+                        total = " + ".join(acc(s, b, r) for s in range(sets))
+                        w(f"{y(b, r)} = {total}")
+            residual = spec.residual and spec.layout == "token"
+            if t == len(spec.formats) - 1 and (spec.epilogue or residual):
+                with w.block_if(panels, f"if p{t} == P{t} - 1:"):
+                    _write_end(w, spec, tile, rows, residual)
 
 
-def _guard(w: Writer, spec: KernelSpec, b: int):  # noqa: ANN202
+def _guard(w: Writer, spec: KernelSpec, b: int):
     """Rows past N exist only where N isn't a multiple of the block's rows."""
     return w.block_if(spec.ragged, f"if row + {b} < N:")
 
 
-def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, rows: int, sets: int, acc, y, panels: bool) -> None:  # noqa: ANN001
+def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, rows: int, sets: int, acc, y, panels: bool) -> None:
     """Accumulators start at the bias, or at what earlier terms and panels left in y."""
 
     def start(from_bias: bool) -> None:
@@ -143,7 +142,7 @@ def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, rows: int, set
 
 
 def _write_products(
-    w: Writer, fmt: Format, t: int, tile: Tile, unroll: int, rows: int, sets: int, acc, xk: str, sub: str  # noqa: ANN001
+    w: Writer, fmt: Format, t: int, tile: Tile, unroll: int, rows: int, sets: int, acc, xk: str, sub: str
 ) -> None:
     br, bc = fmt.block
     step = next(s for s in (4, 2, 1) if bc % s == 0) if bc > 4 else bc

@@ -22,18 +22,17 @@ def spmv_source(spec: KernelSpec, unroll: int, lanes: int) -> str:
     for t, fmt in enumerate(spec.formats):
         params |= pointers(fmt, spec.wide, t)
     sizes = tuple(f"{name}{t}" for t in range(len(spec.formats)) for name in "CP")
-    with w.function("spmv", params, INTS + sizes):
-        with w.block("for task in T.parallel((N + chunk - 1) // chunk):"):
-            w.opaque("first", "task * chunk")
-            w.opaque("last", "T.min(N, first + chunk)")
-            with w.block("for n in range(last - first):"):
-                w("y[first + n] = bias[first + n]")
-            for t in range(len(spec.formats)):
-                _write_term(w, spec, t, unroll, lanes)
-            if spec.epilogue or spec.residual:
-                with w.block("for out in range(last - first):"):
-                    result = write_activation(w, spec.epilogue, ["y[first + out]"], 1)[0] if spec.epilogue else "y[first + out]"
-                    w(f"y[first + out] = {result}{' + res[first + out]' if spec.residual else ''}")
+    with w.function("spmv", params, INTS + sizes), w.block("for task in T.parallel((N + chunk - 1) // chunk):"):
+        w.opaque("first", "task * chunk")
+        w.opaque("last", "T.min(N, first + chunk)")
+        with w.block("for n in range(last - first):"):
+            w("y[first + n] = bias[first + n]")
+        for t in range(len(spec.formats)):
+            _write_term(w, spec, t, unroll, lanes)
+        if spec.epilogue or spec.residual:
+            with w.block("for out in range(last - first):"):
+                result = write_activation(w, spec.epilogue, ["y[first + out]"], 1)[0] if spec.epilogue else "y[first + out]"
+                w(f"y[first + out] = {result}{' + res[first + out]' if spec.residual else ''}")
     return w.text
 
 
@@ -69,7 +68,7 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, unroll: int, lanes: int) ->
 
 
 def _write_products(
-    w: Writer, fmt: Format, t: int, unroll: int, sets: int, parts: int, width: int, along_cols: int, acc, panel: str  # noqa: ANN001
+    w: Writer, fmt: Format, t: int, unroll: int, sets: int, parts: int, width: int, along_cols: int, acc, panel: str
 ) -> None:
     br, bc = fmt.block
 

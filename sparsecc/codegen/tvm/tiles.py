@@ -19,15 +19,15 @@ def pack_rows_source(lanes: int) -> str:
     w = Writer()
     with w.function("pack_rows", FLOATS, ("M", "K", "padded_k", "stride", "width")):
         _tasks(w, "padded_k", lanes)
-        w(f"to: T.let = m // width * padded_k * width + m % width")
+        w("to: T.let = m // width * padded_k * width + m % width")
         w.opaque("whole", f"T.Select(m + {lanes} <= M, T.max(first, T.min(last, K // {lanes} * {lanes})), first)")
         with w.block(f"for kb in range((whole - first) // {lanes}):"):
             w(f"k: T.let = first + kb * {lanes}")
-            _transpose(w, lanes, lambda i: vec("x", f"(m + {i}) * stride + k", lanes), lambda i: vec("y", f"to + (k + {i}) * width", lanes), {})
-        with w.block("for kr in range(last - whole):"):
-            with w.block(f"for i in range({lanes}):"):
-                w("k: T.let = whole + kr")
-                w("y[to + k * width + i] = T.if_then_else((m + i < M) and (k < K), x[(m + i) * stride + k], T.float32(0))")
+            load = lambda i: vec("x", f"(m + {i}) * stride + k", lanes)  # noqa: E731
+            _transpose(w, lanes, load, lambda i: vec("y", f"to + (k + {i}) * width", lanes), {})
+        with w.block("for kr in range(last - whole):"), w.block(f"for i in range({lanes}):"):
+            w("k: T.let = whole + kr")
+            w("y[to + k * width + i] = T.if_then_else((m + i < M) and (k < K), x[(m + i) * stride + k], T.float32(0))")
     return w.text
 
 
@@ -41,10 +41,9 @@ def pack_tokens_source(lanes: int) -> str:
         with w.block("for kb in range(whole - first):"):
             w("k: T.let = first + kb")
             w(f"{vec('y', 'to + k * width', lanes)} = {vec('x', 'k * stride + m', lanes)}")
-        with w.block("for kr in range(last - whole):"):
-            with w.block(f"for i in range({lanes}):"):
-                w("k: T.let = whole + kr")
-                w("y[to + k * width + i] = T.if_then_else((m + i < M) and (k < K), x[k * stride + m + i], T.float32(0))")
+        with w.block("for kr in range(last - whole):"), w.block(f"for i in range({lanes}):"):
+            w("k: T.let = whole + kr")
+            w("y[to + k * width + i] = T.if_then_else((m + i < M) and (k < K), x[k * stride + m + i], T.float32(0))")
     return w.text
 
 
@@ -74,7 +73,7 @@ def _tasks(w: Writer, features: str, lanes: int) -> None:
     w.opaque("last", f"T.min({features}, first + {BLOCK})")
 
 
-def _transpose(w: Writer, lanes: int, load, store, extra: dict[int, str]) -> None:  # noqa: ANN001
+def _transpose(w: Writer, lanes: int, load, store, extra: dict[int, str]) -> None:
     """lanes x lanes floats: stage s exchanges bit s of the row number with bit s of the lane number."""
     w(f'v = T.alloc_buffer(({2 * lanes * lanes},), "float32", scope="local")')
     at = lambda half, i: vec("v", (half * lanes + i) * lanes, lanes)  # noqa: E731
