@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +42,7 @@ def stamp(quick: bool) -> dict[str, Any]:
     """What the figures depend on."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    packages = ("sparsecc", "torch", "apache-tvm", "transformers", "numpy")
+    packages = ("torch", "apache-tvm", "transformers", "numpy")
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {
         "machine": f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
@@ -107,6 +106,8 @@ def run_kernels(args: argparse.Namespace, console: Console, save: Any) -> None:
     for threads in args.threads:
         for shape in job["shapes"]:
             rows += worker("cpu_kernels", {**job, "shapes": [shape], "threads": threads})
+            if "step" not in rows[-1]:
+                console.print(f"  {threads} threads {shape}: {rows[-1]['failed']}", markup=False)
             save("kernels", rows)
     console.print(kernels_table(rows))
 
@@ -121,7 +122,7 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         head = [row["model"], row["pattern"], str(row["threads"])]
         if "ms" not in row:
-            table.add_row(*head, f"[red]{escape(_told(row))}")
+            table.add_row(*head, "[red]failed")
             continue
         layers, greedy = row["layers"], row.get("greedy")
         worst = max([row["error"], *row.get("errors", {}).values()])
@@ -135,14 +136,13 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
 
 def kernels_table(rows: list[dict[str, Any]]) -> Table:
     """Fractions of the limit, median and upper quartile."""
-    table = Table(title="kernels: fraction of the fp32 FMA peak (M > 1, FLOP/s) or of the read bandwidth (M = 1, B/s), median (upper quartile)")
+    table = Table(title="kernels: fraction of the fp32 FMA peak (M = 1: of the read bandwidth), median (upper quartile)")
     left, numbers = ("N x K", "format"), ("zeros", "M", "threads", "limit G/s", "kernel us", "kernel", "whole call", "token-minor call")
     for name in (*left, *numbers, "configuration"):
         table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != "configuration")
     for row in rows:
         if "step" not in row:
-            told = "" if "shape" not in row else str(row["tokens"])
-            table.add_row(row.get("shape", ""), row.get("format", ""), "", told, str(row["threads"]), "", "", f"[red]{escape(row['failed'])}")
+            table.add_row(row.get("shape", ""), row.get("format", ""), "", "", str(row["threads"]), "", "", "[red]failed")
             continue
         shares = [f"{row[k]['fraction']:.2f} ({row[k]['top']:.2f})" if k in row else "" for k in ("step", "call", "inplace")]
         head = [row["shape"], row["format"], f"{row['sparsity']:.0%}", str(row["tokens"]), str(row["threads"])]

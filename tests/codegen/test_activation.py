@@ -22,15 +22,15 @@ REGIMES = ["many", "one"]
 
 @lru_cache
 def _kernel(name: str, features: int) -> LinearKernel:
-    return LinearKernel(TvmBackend.of(), KernelSpec((DENSE,), name), CpuConfig(), (features, 1))
+    return LinearKernel(TvmBackend.of(), KernelSpec((DENSE,), name, layout="token"), CpuConfig(1, 1), (features, 1))
 
 
 def apply(name: str, v: Tensor, regime: str) -> Tensor:
     """activation(v) elementwise: as tokens times the weight [1, 1], or as the column weight [n, 1] of one token."""
     if regime == "many":
-        return _kernel(name, 1)(v.view(-1, 1), ONE, None, None).view(-1)
+        return _kernel(name, 1)(v.view(-1, 1), ONE, None, None)[:, 0]
     params = list(DENSE.pack(v.view(-1, 1)).values())
-    return _kernel(name, len(v))(torch.ones(1, 1), params, None, None).view(-1)
+    return _kernel(name, len(v))(torch.ones(1, 1), params, None, None)[0]
 
 
 @pytest.mark.parametrize("regime", REGIMES)

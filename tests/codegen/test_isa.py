@@ -26,15 +26,15 @@ NARROW = [isa for isa in ("avx2", "portable") if _runs(isa)]
 
 
 @pytest.mark.parametrize("isa", NARROW)
-@pytest.mark.parametrize(("text", "epilogue", "layout"), [("bsr(8, 1)", "gelu", "row"), ("nm(2, 4)", "silu", "token")])
+@pytest.mark.parametrize(("text", "epilogue", "layout"), [("bsr(4, 1)", "gelu", "row"), ("nm(2, 4)", "silu", "token")])
 def test_against_float64(isa: str, text: str, epilogue: str, layout: str) -> None:
-    N, K, fmt = 44, 51, parse_format(text)
-    kept = (torch.rand(6, K) < 0.4).repeat_interleave(8, 0)[:N] if text.startswith("bsr") else (torch.arange(K) % 4 < 2).expand(N, K)
+    N, K, fmt = 43, 51, parse_format(text)
+    kept = (torch.rand(11, K) < 0.4).repeat_interleave(4, 0)[:N] if text.startswith("bsr") else (torch.arange(K) % 4 < 2).expand(N, K)
     w, bias = torch.randn(N, K) * kept, torch.randn(N)
     backend = TvmBackend.of(isa)
     assert backend.isa.lanes == ISAS[isa][1]
     spec = KernelSpec((fmt,), epilogue, True, layout, "many", bool(N % fmt.block[0]))  # type: ignore[arg-type]
-    kernel = LinearKernel(backend, spec, CpuConfig(), (N, K))
+    kernel = LinearKernel(backend, spec, CpuConfig(1, 2), (N, K))
     for tokens in (1, 5, 40):
         x, res = torch.randn(tokens, K), torch.randn(tokens, N)
         want = ACTIVATIONS[epilogue].fn(x.double() @ w.double().t() + bias.double()) + res.double()
