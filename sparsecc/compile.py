@@ -18,11 +18,13 @@ from sparsecc.autotune.progress import progress
 from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
+from sparsecc.ir.ops import KERNELS
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import print_program
 from sparsecc.passes import PIPELINE
 from sparsecc.passes.context import Context
 from sparsecc.passes.manager import History, run_passes
+from sparsecc.passes.pack import tokens_of
 from sparsecc.runtime.module import CompiledModule
 from sparsecc.runtime.remainder import Remainder, finish
 from sparsecc.spec import SparsitySpec, SpecLike
@@ -153,9 +155,11 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
         tuner = options.tuner(bar.step)
         context = Context(options.spec, tuner)
         history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
-    if dumper is not None and tuner is not None:
-        for name, source in tuner.sources().items():
-            dumper.kernel(name, source)
+    if dumper is not None:
+        for view in history.program.linears():
+            source = getattr(KERNELS.get(view.kernel), "source", None)
+            if source is not None:
+                dumper.kernel(view.kernel, source(tokens_of(view.x)))
         dumper.weights(history.program, "lowered.safetensors")
     return Built(finish(history.program, options.remainder), history, explanation(history, options))
 

@@ -64,8 +64,10 @@ class Frost:
 class Frozen:
     """A Dynamo graph as a callable that keeps its weights as constants and watches them."""
 
-    def __init__(self, gm: fx.GraphModule, compile_program: CompileProgram) -> None:
+    def __init__(self, gm: fx.GraphModule, compile_program: CompileProgram, known: Mapping[int, str] | None = None) -> None:
+        """`known`: names by the id of a weight, where the model is at hand; else they are read from Dynamo's sources."""
         self.gm = gm
+        self.known = known or {}
         self.compile_program = compile_program
         self.inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.names = weight_names(self.inputs)
@@ -103,7 +105,8 @@ class Frozen:
             if i not in set(self.frozen):
                 continue
             with program.graph.inserting_before(node):
-                const = program.add_const(self.names[i], inputs[i], self.names[i])
+                name = self.known.get(id(inputs[i]), self.names[i])
+                const = program.add_const(name, inputs[i], name)
             program.replace(node, const)
         _flat_outputs(program)
         share_tied(program)

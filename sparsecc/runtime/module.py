@@ -116,6 +116,7 @@ class CompiledModule(nn.Module):
         from sparsecc.dynamo import Frozen
 
         names = Names.of(model)
+        known = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
         def compile_program(program: Program, inputs: Sequence[Any]) -> Callable[..., Any]:
             names.put(program)
@@ -124,7 +125,7 @@ class CompiledModule(nn.Module):
             return built.run
 
         def backend(gm: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            return Frozen(gm, compile_program)
+            return Frozen(gm, compile_program, known)
 
         compiled = torch.compile(model, backend=backend, dynamic=True)
 

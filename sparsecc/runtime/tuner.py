@@ -44,7 +44,6 @@ class CpuTuner:
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
         self._kernels: dict[str, LinearKernel] = {}
-        self._used: dict[str, tuple[LinearKernel, int]] = {}
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
@@ -69,10 +68,6 @@ class CpuTuner:
         if key not in self._kernels:
             self._kernels[key] = LinearKernel(self.backend, spec, from_text(config, CpuConfig), shape)
         return key, self._kernels[key]
-
-    def sources(self) -> dict[str, str]:
-        """The text of every kernel in use, by a name for its file."""
-        return {key: kernel.source(tokens) for key, (kernel, tokens) in self._used.items()}
 
     def _candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
         """By name, the most promising first within each format."""

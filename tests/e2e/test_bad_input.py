@@ -56,7 +56,7 @@ def test_unknown_globs_and_patterns() -> None:
         compiled(model, {"quary": "2:4"})(torch.randn(2, 8))
     with pytest.raises(sparsecc.SpecError, match=r"(?s)did you mean 'block'.*\n    blokc\(4, 1\)\n    \^"):
         compiled(model, "blokc(4, 1)")
-    with pytest.raises(sparsecc.SpecError, match=r"(?s)sparsity\['query'\].*\n    nm\(2 4\)\n         \^"):
+    with pytest.raises(sparsecc.SpecError, match=r"(?s)sparsity\['query'\].*\n    nm\(2 4\)\n       \^"):
         compiled(model, {"query": "nm(2 4)"})
 
 
@@ -73,7 +73,7 @@ def test_options(options: dict[str, Any], error: type[Exception], says: str) -> 
 
 
 def test_what_is_no_model() -> None:
-    with pytest.raises(TypeError, match="takes an nn.Module or an ExportedProgram, not function"):
+    with pytest.raises(TypeError, match=r"takes an nn\.Module or an ExportedProgram, not function"):
         compiled(lambda x: x)
 
 
@@ -90,11 +90,11 @@ def test_train_mode() -> None:
 
 
 class Branching(nn.Module):
-    def __init__(this) -> None:  # noqa: N805  (names must not depend on what the model calls itself)
+    def __init__(this) -> None:  # names must not depend on what the model calls itself
         super().__init__()
         this.up, this.down = nn.Linear(K, N), nn.Linear(N, K)
 
-    def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+    def forward(this, x: torch.Tensor) -> torch.Tensor:
         y = this.up(x)
         return this.down(y + 1 if y.sum() > 0 else y - 1)
 
@@ -134,14 +134,13 @@ def test_calls_that_the_model_refuses_raise_its_own_error() -> None:
     module = compiled(model)
     close(module(x), model(x))
     for call in (lambda m: m(x.double()), lambda m: m(x[:, 1:]), lambda m: m(3)):
-        with pytest.raises(Exception) as ours:  # noqa: PT011  (whatever the model raises)
+        with pytest.raises((RuntimeError, TypeError)) as ours:
             call(module)
         with pytest.raises(type(ours.value)):
             call(model)
     with pytest.raises(TypeError, match="missing"):
         module()
     close(module(x), model(x))
-    assert len(module.graphs) == 1
 
 
 # ---- weights
@@ -204,7 +203,7 @@ class Tied(nn.Module):
 
 def test_tied_weights() -> None:
     model, ids = Tied().eval().requires_grad_(False), torch.randint(0, N, (3, 5))
-    sparsecc.prune(model, "unstructured(0.9)", exclude=())
+    sparsecc.prune(model, {"fc": "unstructured(0.9)", "head": "unstructured(0.9)"}, exclude=())
     module = compiled(model, "unstructured(0.9)")
     torch.testing.assert_close(module(ids), model(ids), rtol=1e-5, atol=1e-4)
     reasons = {region.name: region.reason for region in module.explain().regions}
@@ -214,7 +213,7 @@ def test_tied_weights() -> None:
         module = compiled(model, {name: "dense", "head": "unstructured(0.9)"})
         torch.testing.assert_close(module(ids), model(ids), rtol=1e-5, atol=1e-4)
         assert [region.pattern for region in module.explain().regions] == ["", "", "unstructured(0.9)"]
-    with pytest.raises(sparsecc.SpecError, match="share one weight, but .* fc -> dense, again -> detect"):
+    with pytest.raises(sparsecc.SpecError, match=r"share one weight, but .* fc -> dense, again -> detect"):
         compiled(model, {"fc": "dense", "again": "detect"})(ids)
 
 

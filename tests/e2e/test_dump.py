@@ -60,6 +60,7 @@ def test_repro_runs_alone(dump: Path) -> None:
     assert "'up': 'block(4, 1, 0.9)'" in text
     assert "options('unstructured(0.9)', codec='f32')" in text
     environment = {name: value for name, value in os.environ.items() if name != "SPARSECC_DUMP"}
+    environment["PYTHONPATH"] = str(Path(sparsecc.__file__).parents[1])
     ran = subprocess.run([sys.executable, dump / "repro.py"], env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     said = ran.stdout.split()

@@ -24,11 +24,11 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 class Block(nn.Module):
-    def __init__(this) -> None:  # noqa: N805  (the graph's source names the variable)
+    def __init__(this) -> None:  # Dynamo's sources hold the variable's name
         super().__init__()
         this.up, this.down, this.dropout = nn.Linear(256, 512), nn.Linear(512, 256), nn.Dropout(0.5)
 
-    def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+    def forward(this, x: torch.Tensor) -> torch.Tensor:
         return x + this.dropout(this.down(nn.functional.gelu(this.up(x))))
 
 
@@ -82,7 +82,7 @@ def test_errors() -> None:
         through(block(), "2:4")(x)
     with pytest.raises(sparsecc.SpecError, match="'upp' matches no linear weight; closest: up"):
         through(block(), {"upp": PATTERN})(x)
-    with pytest.raises(sparsecc.SpecError, match="no option 'tunes'.*'autotune'|no option 'tunes'"):
+    with pytest.raises(sparsecc.SpecError, match="there is no option 'tunes'"):
         through(block(), tunes="quick")(x)
     with pytest.raises(sparsecc.CaptureError, match=r"train mode \(dropout\): call model\.eval\(\)"):
         through(block().train())(x)
