@@ -36,6 +36,8 @@ from sparsecc.runtime.launch import LinearKernel
 FORMATS = ("bsr(4, 1)", "bsr(8, 1)", "bsr(16, 1)", "csr", "nm(2, 4)", "bitmap", "bsr(16, 16)")
 SAMPLE = 400e-6
 """Seconds of a sample: long against a call from Python, short against a neighbour's burst."""
+LONGEST = 0.1
+"""Seconds of a sample of the limit at most: half as long as a long kernel, or a scheduler's slice hits the one and spares the other."""
 FOOTPRINT = 256 << 20
 """Bytes of copies that one-token calls take in turn, as a model's layers do; fewer where that needs more than COPIES of them."""
 COPIES = 64
@@ -80,31 +82,33 @@ def record(kernel: LinearKernel, call: Callable[[], Tensor]) -> Callable[[], Any
 def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int) -> dict[str, dict[str, float]]:
     """Time `fns` in turn, each sample between two of the limit. Per function: seconds (median), fraction (median) of the limit's
     rate at which it does `work`, top (the upper quartile of that, the rounds that nobody disturbed)."""
-    repeats = {name: _repeats(f) for name, f in fns.items()}
+    once = {name: _seconds(f) for name, f in fns.items()}
+    repeats = {name: max(1, min(1000, math.ceil(SAMPLE / each))) for name, each in once.items()}
+    span = min(LONGEST, max(SAMPLE, max(once.values()) / 2))
     took: dict[str, list[float]] = {name: [] for name in fns}
     fractions: dict[str, list[float]] = {name: [] for name in fns}
     end = time.perf_counter() + seconds
-    limit.rate(SAMPLE)
-    before = limit.rate(SAMPLE)
+    limit.rate(span)
+    before = limit.rate(span)
     while len(took[next(iter(fns))]) < rounds or time.perf_counter() < end:
         for name, f in fns.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 f()
             took[name].append((time.perf_counter() - start) / repeats[name])
-            after = limit.rate(SAMPLE)
+            after = limit.rate(span)
             fractions[name].append(work / took[name][-1] / ((before + after) / 2))
             before = after
     top = {name: quantiles(f, n=4)[2] for name, f in fractions.items()}
     return {name: {"seconds": median(took[name]), "fraction": median(fractions[name]), "top": top[name]} for name in fns}
 
 
-def _repeats(f: Callable[[], Any]) -> int:
-    """Calls per sample; the first warms up."""
+def _seconds(f: Callable[[], Any]) -> float:
+    """Of one call; another before it warms up."""
     f()
     start = time.perf_counter()
     f()
-    return max(1, min(1000, math.ceil(SAMPLE / max(1e-7, time.perf_counter() - start))))
+    return max(1e-7, time.perf_counter() - start)
 
 
 def weight_of(fmt: Format, sparsity: float, N: int, K: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
 from sparsecc.autotune.cost import Machine, break_even, dense_work, efficiency, predict, work
-from sparsecc.autotune.search import Candidate, Effort, Result, contest
+from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
@@ -54,7 +54,8 @@ class CpuTuner:
             started = time.monotonic()
             results = self._contest(problem, candidates)
             found = {"results": [vars(r) for r in results], "seconds": time.monotonic() - started}
-            if self.effort != "none" and not any(r.error and "out of time" in r.error for r in results):
+            # A failure may be this moment's (memory, time, code being changed): such a contest is held again next time.
+            if self.effort != "none" and all(r.error is None or (r.error.startswith("not tried: ") and r.error != OUT_OF_TIME) for r in results):
                 self.cache.put(key, found)
         self.on_choice(problem.name)
         return self._choice(problem, [Result(**r) for r in found["results"]], candidates)
