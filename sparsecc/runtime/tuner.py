@@ -166,6 +166,11 @@ class Call:
         return y if self.res is None else y + self.res.double()
 
 
+def _failed(result: Result) -> bool:
+    """Whether a candidate was tried and failed, or there was no time to try it."""
+    return result.error is not None and (result.error == OUT_OF_TIME or not result.error.startswith("not tried: "))
+
+
 def _spec(formats: tuple[Format, ...], epilogue: str, residual: bool, layout: str, shape: tuple[int, int]) -> KernelSpec:
     ragged = any(shape[0] % fmt.block[0] for fmt in formats)
     wide = any(fmt.grid(*shape)[1] > 65536 for fmt in formats)
