@@ -55,7 +55,7 @@ class CpuTuner:
             results = self._contest(problem, candidates)
             found = {"results": [vars(r) for r in results], "seconds": time.monotonic() - started}
             # A failure may be this moment's (memory, time, code being changed): such a contest is held again next time.
-            if self.effort != "none" and all(r.error is None or (r.error.startswith("not tried: ") and r.error != OUT_OF_TIME) for r in results):
+            if self.effort != "none" and not any(_failed(r) for r in results):
                 self.cache.put(key, found)
         self.on_choice(problem.name)
         return self._choice(problem, [Result(**r) for r in found["results"]], candidates)
