@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsecc.autotune import search
 from sparsecc.autotune.cache import TuneCache
+from sparsecc.autotune.measure import Timing
 from sparsecc.codegen.config import from_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
@@ -71,7 +73,19 @@ def check(tuner: CpuTuner, w: Tensor, choice: Choice) -> None:
         torch.testing.assert_close(y, F.linear(x, w), rtol=1e-4, atol=1e-4)
 
 
-def test_dense_wins_on_a_dense_weight(tmp_path: Path) -> None:
+def stopwatch(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    """Candidates take `ratio` of the dense time: what is chosen must not depend on how busy the machine is."""
+
+    def interleaved(fns: dict[str, Any], seconds: float, min_rounds: int = 5) -> dict[str, Timing]:
+        for fn in fns.values():
+            fn()
+        return {name: Timing(1e-3 * r, 1e-3 * r, r) for i, name in enumerate(fns) for r in [1.0 if i == 0 else ratio]}
+
+    monkeypatch.setattr(search, "interleaved", interleaved)
+
+
+def test_dense_wins_on_a_dense_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopwatch(monkeypatch, 2.0)
     choice = make(tmp_path).choose(problem(sparse(384, 384, 0.95), tokens=128))
     assert (choice.format, choice.config) == (None, "")
     assert choice.reason.startswith("dense is faster: csr would run at 0.")
@@ -80,7 +94,8 @@ def test_dense_wins_on_a_dense_weight(tmp_path: Path) -> None:
     assert "dense" in choice.alternatives
 
 
-def test_sparse_wins_on_an_almost_empty_weight(tmp_path: Path) -> None:
+def test_sparse_wins_on_an_almost_empty_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopwatch(monkeypatch, 0.5)
     tuner, w = make(tmp_path), sparse(512, 512, 0.005)
     choice = tuner.choose(problem(w))
     assert choice.format == CSR
