@@ -11,7 +11,6 @@ it unpacks, so on such inputs (and only there) a kernel and the dense meaning ma
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,13 +23,12 @@ from sparsecc.errors import ShapeError, TextError
 from sparsecc.ir.types import TensorType, parse_type, split_top
 
 TOKEN_TILE = 16
-"""Token-minor buffers are padded to a multiple of this many tokens: one 64-byte line of float32."""
+"""Kernels read and write this many tokens at a time: one 64-byte line of float32."""
 
 LAYOUTS = ("row", "token")
 
-Kernel = Callable[[torch.Tensor, list[torch.Tensor], torch.Tensor | None, torch.Tensor | None], torch.Tensor]
-KERNELS: dict[str, Kernel] = {}
-"""Compiled code by key: fn(x, params, bias, residual) -> y. The runtime fills it; an unknown key runs the dense meaning."""
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {}
+"""Compiled code by key: fn(tensor and number arguments of the op) -> y. The runtime fills it; an unknown key runs the dense meaning."""
 
 
 @dataclass(frozen=True)
@@ -117,26 +115,32 @@ def dense_meaning(
     return y.to(x.dtype)
 
 
-def token_strides(lead: Sequence[Any], padded: Any) -> tuple[Any, ...]:
-    """Strides of a token-minor [*lead, N] whose tokens are consecutive and whose features are `padded` tokens apart."""
-    strides: list[Any] = [1] * len(lead)
-    for i in range(len(lead) - 2, -1, -1):
-        strides[i] = strides[i + 1] * lead[i + 1]
-    return (*strides, padded)
+def token_row(tokens: Any) -> Any:
+    """L, the distance between features of a token-minor value with sequences of S tokens, for an int or a SymInt.
+
+    A whole number of 64-byte lines, and an odd one: the rows of one tile then spread over all sets of the caches.
+    """
+    return (tokens + 2 * TOKEN_TILE - 1) // (2 * TOKEN_TILE) * (2 * TOKEN_TILE) + TOKEN_TILE
 
 
-def token_padded(tokens: Any) -> Any:
-    """L = 16 * ceil(M / 16), for an int or a SymInt."""
-    return (tokens + TOKEN_TILE - 1) // TOKEN_TILE * TOKEN_TILE
+def token_storage(lead: Sequence[Any], features: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(shape of the storage [..., N, L], strides of the view [*lead, N]) of a token-minor value with lead = [..., S]."""
+    length = token_row(lead[-1] if lead else 1)
+    strides: list[Any] = [1, length]
+    step = features * length
+    for size in reversed(lead[:-1]):
+        strides.insert(0, step)
+        step = step * size
+    return (*lead[:-1], features, length), tuple(strides[1:] if not lead else strides)
 
 
 def empty_output(x: torch.Tensor, features: int, layout: str) -> torch.Tensor:
-    """An uninitialised y [..., N] for x [..., K]: contiguous for "row", a view of a fresh [N, L] buffer for "token"."""
+    """An uninitialised y [..., N] for x [..., K]: contiguous for "row", a view of a fresh [..., N, L] buffer for "token"."""
     lead = x.shape[:-1]
     if layout == "row":
         return x.new_empty((*lead, features))
-    padded = token_padded(math.prod(lead))
-    return x.new_empty((features, padded)).as_strided((*lead, features), token_strides(lead, padded))
+    shape, strides = token_storage(lead, features)
+    return x.new_empty(shape).as_strided((*lead, features), strides)
 
 
 def linear(

@@ -23,6 +23,7 @@ from torch import fx
 from torch.fx.node import _get_qualified_name
 
 from sparsecc.errors import SparseccError, TextError
+from sparsecc.ir import token_ops  # noqa: F401  defines the other ops of the dialect
 from sparsecc.ir.invent import invent
 from sparsecc.ir.ops import LINEAR, parse_terms, split_params
 from sparsecc.ir.program import TYPE_KEY, LinearView, Program, get_attr, make_module
@@ -90,6 +91,8 @@ def _path(target: Any) -> str:
         return "sparsecc.linear"
     if isinstance(target, torch._ops.OpOverload):
         path = f"{target.namespace}.{target._opname}.{target._overloadname}"
+        if target.namespace == "sparsecc":
+            return path.removesuffix(".default")
         return path if target.namespace == "aten" else f"torch.ops.{path}"
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"torch.ops.higher_order.{target.name()}"
@@ -225,6 +228,8 @@ class _Parser:
         if path == "getattr":
             return getattr
         head, *rest = path.split(".")
+        if head == "sparsecc":
+            head, rest = "torch", ["ops", "sparsecc", *rest, "default"]
         found: Any = torch.ops.aten if head == "aten" else _ROOTS.get(head)
         if found is None:
             raise self._error(place, f"unknown function {path!r}: no value's method, and not in aten, sparsecc, torch, operator or math")

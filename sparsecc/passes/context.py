@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -42,6 +42,19 @@ class Choice:
     alternatives: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Attention:
+    """q f32[B, H, S, D]; k and v f32[B, G, Sk, D]. `masked`: a mask is added to the scores."""
+
+    B: int
+    H: int
+    G: int
+    S: int
+    Sk: int
+    D: int
+    masked: bool
+
+
 class Tuner(Protocol):
     """The target, as far as passes need it."""
 
@@ -53,6 +66,18 @@ class Tuner(Protocol):
         self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str
     ) -> tuple[str, Kernel]:
         """The key that stands in the program, and the code behind it."""
+        ...
+
+    def norm(self, kind: str, layout: str) -> tuple[str, Any]:
+        """Key and code of `sparsecc.norm`."""
+        ...
+
+    def attention(self, D: int, masked: bool) -> tuple[str, Any]:
+        """Key and code of `sparsecc.attention`."""
+        ...
+
+    def attention_pays(self, problem: Attention) -> bool:
+        """Whether that code, measured, is faster than torch's."""
         ...
 
 

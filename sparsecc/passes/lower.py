@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
+from sparsecc.ir.token_ops import ATTENTION, NORM
 from sparsecc.passes.context import Context
 
 aten = torch.ops.aten
+
+DENSE = "dense meaning"
+"""The key of what no kernel runs."""
 
 ATEN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "relu": (aten.relu.default, {}),
@@ -48,8 +53,25 @@ class Lower:
                 KERNELS[key] = kernel
                 view.replace(kernel=key)
             elif not view.plain:
-                view.replace(kernel="dense meaning")  # low-rank terms and the reference target
+                view.replace(kernel=DENSE)  # low-rank terms and the reference target
+        for node in program.graph.nodes:
+            if node.target is NORM or node.target is ATTENTION:
+                _name_kernel(node, tuner)
         program.rewrite(self.rules)
+
+
+def _name_kernel(node: fx.Node, tuner: Any) -> None:
+    """The kernel is the last argument of a norm or an attention."""
+    key = DENSE
+    if tuner is not None:
+        made = tuner.norm(*node.args[4:6]) if node.target is NORM else tuner.attention(_head_size(node), node.args[3] is not None)
+        key = made[0]
+        KERNELS[key] = made[1]
+    node.args = (*node.args[:-1], key)
+
+
+def _head_size(node: fx.Node) -> int:
+    return int(value_of(node.args[0]).shape[-1])
 
 
 def _to_aten(program: Program, node: fx.Node) -> fx.Node | None:

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.formats import Panels
 from sparsecc.formats.level import NM
+from sparsecc.runtime.record import call, empty
+from sparsecc.runtime.tokens import move, rows, sequences, token_minor, token_output
 
 Pointers = tuple[c_void_p, ...]
-
-TOKENS = 16
-"""Token-minor buffers hold a multiple of this many tokens."""
 
 
 class LinearKernel:
@@ -70,58 +69,50 @@ class LinearKernel:
         elif bias.dtype != torch.float32 or not bias.is_contiguous():
             bias = bias.float().contiguous()
         if tokens == 0:
-            return _token_output(N, 0, lead) if self.spec.layout == "token" else x.new_empty((*lead, N))
-        return (self._token if tokens == 1 else self._tokens)(_flat(x, tokens), tokens, lead, arrays, bias, residual)
+            return token_output(N, lead) if self.spec.layout == "token" else x.new_empty((*lead, N))
+        return (self._token if tokens == 1 else self._tokens)(x, lead, arrays, bias, residual)
 
-    def _token(self, x: Flat, tokens: int, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
+    def _token(self, x: Tensor, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
         N, K = self.shape
-        tensor = x.tensor
         if self._padded_k > K:
-            tensor = torch.nn.functional.pad(tensor.reshape(1, K), (0, self._padded_k - K))
-        elif x.by_feature != 1:
-            tensor = tensor.contiguous()
-        pointers = [c_void_p(tensor.data_ptr()), None, c_void_p(bias.data_ptr())]
+            x = torch.nn.functional.pad(x.reshape(1, K), (0, self._padded_k - K))
+        elif K > 1 and x.stride(-1) != 1:
+            x = x.contiguous()
+        pointers = [c_void_p(x.data_ptr()), None, c_void_p(bias.data_ptr())]
         if res is not None:
             res = res.contiguous()
             pointers.append(c_void_p(res.data_ptr()))
-        token_minor = self.spec.layout == "token"
-        y = torch.empty(N) if token_minor else torch.empty((*lead, N))
+        token = self.spec.layout == "token"
+        y = empty(N) if token else empty(*lead, N)
         pointers[1] = c_void_p(y.data_ptr())
-        self._one()(*pointers, *arrays, N, self._chunk, *self._sizes)
-        if token_minor:
-            out = _token_output(N, 1, lead)
-            out.view(-1).copy_(y) if out.is_contiguous() else out.copy_(y.view(out.shape))
-            return out
-        return y
+        call(self._one(), *pointers, *arrays, N, self._chunk, *self._sizes)
+        return token_output(N, lead).copy_(y.view(*lead, N)) if token else y
 
-    def _tokens(self, x: Flat, tokens: int, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
+    def _tokens(self, x: Tensor, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
         N, K = self.shape
-        width, padded_k, backend = self._width, self._padded_k, self.backend
-        tiles = -(-tokens // width)
-        if x.whole_vectors(tokens, K) and padded_k == K:
-            start, x_stride, x_tile = c_void_p(x.tensor.data_ptr()), x.by_feature, width
+        width, padded_k = self._width, self._padded_k
+        token = self.spec.layout == "token"
+        t = sequences(x)
+        in_place = padded_k == K and t.in_place(K)
+        if not (in_place or token):  # one sequence of all rows fills the tiles better
+            t = rows(x)
+        per = -(-t.S // width)
+        if in_place:
+            start, strides = c_void_p(t.tensor.data_ptr()), (t.by_feature, width, t.by_batch)
         else:
-            if x.by_feature != 1 and x.by_token != 1:
-                x = _flat(x.tensor.contiguous(), tokens)
-            by_rows = x.by_feature == 1
-            pack = backend.pack_rows() if by_rows else backend.pack_tokens()
-            start, x_stride, x_tile = c_void_p(_scratch(tiles * padded_k * width).data_ptr()), width, padded_k * width
-            pack(c_void_p(x.tensor.data_ptr()), start, tokens, K, padded_k, x.by_token if by_rows else x.by_feature, width)
-        token_minor = self.spec.layout == "token"
-        y = _token_output(N, tokens, lead) if token_minor else torch.empty((*lead, N))
-        pointers, res_stride = [start, c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())], 0
+            tiles, tile = empty(t.B * per * padded_k * width), padded_k * width
+            start, strides = c_void_p(tiles.data_ptr()), (width, tile, per * tile)
+            move(self.backend, t, tiles, K, padded_k, (*strides, width))
+        y = token_output(N, lead) if token else empty(*lead, N)
+        pointers, res_strides = [start, c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())], (0, 0)
         if res is not None:
-            if token_minor:
-                flat = _token_minor(_flat(res, tokens), tokens, N)
-                res_stride = flat.by_feature
-            else:
-                flat = _flat(res, tokens)
-                if flat.by_feature != 1:
-                    flat = _flat(res.contiguous(), tokens)
-                res_stride = flat.by_token
-            pointers.append(c_void_p(flat.tensor.data_ptr()))
-        y_stride = y.stride(-1) if token_minor else N
-        self._many()(*pointers, *arrays, tokens, N, tiles, x_stride, x_tile, y_stride, res_stride, *self._sizes)
+            r = token_minor(self.backend, res) if token else rows(res)
+            if not token and r.by_feature != 1:
+                r = rows(res.contiguous())
+            res_strides = (r.by_feature, r.by_batch) if token else (r.by_token, 0)
+            pointers.append(c_void_p(r.tensor.data_ptr()))
+        y_strides = (y.stride(-1), N * y.stride(-1)) if token else (N, 0)
+        call(self._many(), *pointers, *arrays, t.S, N, t.B * per, per, *strides, *y_strides, *res_strides, *self._sizes)
         return y
 
     def _pointers(self, params: list[Tensor]) -> Pointers:
@@ -152,66 +143,3 @@ class LinearKernel:
 def _panels(fmt: Any, N: int, parents: int) -> int:
     """Panels of columns: 1 unless the format is swizzled into them."""
     return max(1, parents // -(-N // fmt.block[0])) if isinstance(fmt.swizzle, Panels) and N else 1
-
-
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A tensor [..., F] seen as [M, F] by its strides, without a view being made."""
-
-    tensor: Tensor
-    by_token: int
-    by_feature: int
-
-    def whole_vectors(self, tokens: int, features: int) -> bool:
-        """Token-minor, aligned, and readable up to the next full vector of tokens: a kernel may read it where it is."""
-        if self.by_token != 1 or self.by_feature % TOKENS or self.by_feature < tokens:
-            return False
-        end = self.tensor.storage_offset() + (features - 1) * self.by_feature + -(-tokens // TOKENS) * TOKENS
-        return self.tensor.data_ptr() % 64 == 0 and 4 * end <= self.tensor.untyped_storage().nbytes()
-
-
-def _flat(tensor: Tensor, tokens: int) -> Flat:
-    """Copies only if the leading dimensions cannot be walked with one stride."""
-    shape, strides = tensor.shape, tensor.stride()
-    step, expected = 1, -1
-    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
-        if size == 1:
-            continue
-        if expected == -1:
-            step = stride
-        elif stride != expected:
-            return _flat(tensor.contiguous(), tokens)
-        expected = stride * size
-    if tokens == 1:
-        step = shape[-1]
-    return Flat(tensor, step, strides[-1] if shape[-1] > 1 else 1)
-
-
-_LOCAL = threading.local()
-
-
-def _scratch(floats: int) -> Tensor:
-    """Memory that lives as long as the thread, for tiles that are written and read within one call."""
-    found = getattr(_LOCAL, "scratch", None)
-    if found is None or found.numel() < floats:
-        found = _LOCAL.scratch = torch.empty(floats)
-    return found
-
-
-def _token_output(features: int, tokens: int, lead: Sequence[int]) -> Tensor:
-    """A fresh token-minor [*lead, N]: a view of [N, L]."""
-    padded = -(-tokens // TOKENS) * TOKENS
-    strides = [1] * len(lead)
-    for i in range(len(lead) - 2, -1, -1):
-        strides[i] = strides[i + 1] * lead[i + 1]
-    return torch.empty(features, padded).as_strided((*lead, features), (*strides, padded))
-
-
-def _token_minor(res: Flat, tokens: int, features: int) -> Flat:
-    """Readable by the kernel as token-minor vectors: as it is, or a copy."""
-    if res.whole_vectors(tokens, features):
-        return res
-    padded = -(-tokens // TOKENS) * TOKENS
-    buffer = torch.zeros(features, padded)
-    buffer[:, :tokens] = res.tensor.reshape(tokens, features).t()
-    return Flat(buffer, 1, padded)

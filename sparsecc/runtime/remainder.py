@@ -15,12 +15,20 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
+from sparsecc.runtime.chain import link
 
 Remainder = Literal["auto", "inductor", "eager"]
 
 
 def finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[Any]]:
     """fn(*flat inputs) -> flat outputs. Under "auto" a program that Inductor cannot take runs eagerly, with a warning."""
+    program = program.clone()
+    chains = link(program)
+    run = _finish(program, remainder)
+    return lambda *inputs, keep=chains: run(*inputs)
+
+
+def _finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[Any]]:
     if remainder == "eager" or (remainder == "auto" and not has_compiler()):
         return _eager(program)
     try:

@@ -21,7 +21,8 @@ from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.formats import Dense, Format
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import ACTIVATIONS
-from sparsecc.passes.context import Choice, Problem
+from sparsecc.passes.context import Attention, Choice, Problem
+from sparsecc.runtime.between import AttentionKernel, AttentionSpec, NormKernel, NormSpec
 from sparsecc.runtime.launch import LinearKernel
 
 TOLERANCE = 2e-5
@@ -69,6 +70,20 @@ class CpuTuner:
         if key not in self._kernels:
             self._kernels[key] = LinearKernel(self.backend, spec, from_text(config, CpuConfig), shape)
         return key, self._kernels[key]
+
+    def norm(self, kind: str, layout: str) -> tuple[str, NormKernel]:
+        """The key that stands in the program, and the kernel."""
+        spec = NormSpec(kind, layout)
+        return f"cpu:{self.backend.isa.name} {spec}", NormKernel(self.backend, spec)
+
+    def attention(self, D: int, masked: bool) -> tuple[str, AttentionKernel]:
+        """The key that stands in the program, and the kernel."""
+        spec = AttentionSpec(D, masked)
+        return f"cpu:{self.backend.isa.name} {spec}", AttentionKernel(self.backend, spec)
+
+    def attention_pays(self, problem: Attention) -> bool:
+        """Timed against torch's scaled_dot_product_attention, as each would be called."""
+        return True
 
     def _candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
         """By name, the most promising first within each format."""

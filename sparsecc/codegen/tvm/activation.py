@@ -42,6 +42,14 @@ def write_activation(w: Writer, name: str, values: Sequence[str], lanes: int) ->
     return [f"{c(0.5)} * ({v} + {size} * ({c(1.0)} - {q}))" for v, size, q in zip(vs, sizes, rest, strict=True)]
 
 
+def write_exp(w: Writer, values: Sequence[str], lanes: int) -> list[str]:
+    """e to each value, exactly 0 below -87: what a softmax needs of keys that are masked."""
+    step = _Steps(w, lanes)
+    vs = step("v", values)
+    zero, least = step.constant(0.0), step.constant(-87.0)
+    return step("p", [f"T.Select({v} < {least}, {zero}, {e})" for v, e in zip(vs, step.exp(vs), strict=True)])
+
+
 @dataclass(frozen=True)
 class _Steps:
     """Writes one step for every value before the next step of any."""

@@ -10,6 +10,9 @@ blocks of a row. Terms, and panels of columns, add up through the task's output,
             for kept block (j, col):  acc[row][v] += val[j][row] * x[tile][col][v]
             out = acc, with the epilogue after the last term
         y[m][n] = transposed out + residual                   layout "row"; for "token", out is y[n][m] itself
+
+Tokens come as sequences of `S`; a tile never reaches into the next one, so token-minor values [sequence][feature][token] are read and
+written where they are, and a plain matrix is one sequence.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from sparsecc.codegen.tvm.tiles import write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
 
-INTS = ("M", "N", "tiles", "x_stride", "x_tile", "y_stride", "res_stride")
-"""Scalar arguments. x_stride, x_tile: between features and between tiles of x, which may be packed or, with whole vectors of tokens,
-token-minor; y_stride, res_stride: between tokens (layout "row") or features ("token"). Per term follow C{t} (coordinates per parent)
-and P{t} (panels)."""
+INTS = ("S", "N", "tiles", "per", "x_stride", "x_tile", "x_batch", "y_stride", "y_batch", "res_stride", "res_batch")
+"""Scalar arguments. S: tokens per sequence; tiles: of all sequences; per: of one. x_stride, x_tile, x_batch: between features, tiles and
+sequences of x; y_stride, res_stride: between tokens (layout "row") or features ("token"); y_batch, res_batch: between sequences, for
+"token" only. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,14 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: 
             w.opaque("tile", "task // chunks")
             w.opaque("first", f"task % chunks * {chunk}")
             w.opaque("last", f"T.min(N, first + {chunk})")
-            w.opaque("left", f"T.min((M - tile * {width} + {lanes - 1}) // {lanes}, T.int64({vectors}))")
-            w("xt: T.let = tile * x_tile")
-            w(f"yt: T.let = tile * {width}")
+            w.opaque("batch", "tile // per")
+            w.opaque("start", f"tile % per * {width}")
+            w.opaque("left", f"T.min((S - start + {lanes - 1}) // {lanes}, T.int64({vectors}))")
+            w("xt: T.let = batch * x_batch + tile % per * x_tile")
+            if not by_rows:
+                w("yt: T.let = batch * y_batch + start")
+                if spec.residual:
+                    w("rt: T.let = batch * res_batch + start")
             if by_rows:
                 w(f'out = T.alloc_buffer(({chunk * width},), "float32", scope="local")')
             part = vectors
@@ -79,7 +87,7 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: 
                 part //= 2
             if by_rows:
                 with w.block("for slab in range(left):"):
-                    write_rows(w, lanes, spec.residual, f"yt + slab * {lanes}", f"slab * {lanes}", width)
+                    write_rows(w, lanes, spec.residual, f"start + slab * {lanes}", f"slab * {lanes}", width)
     return w.text
 
 
@@ -167,6 +175,6 @@ def _write_end(w: Writer, spec: KernelSpec, tile: Tile, rows: int, residual: boo
         outs = [tile.out("row + e_row", r) for r in range(tile.vectors)]
         results = write_activation(w, spec.epilogue, outs, tile.lanes) if spec.epilogue else outs
         for r, (out, result) in enumerate(zip(outs, results, strict=True)):
-            at = f"yt + (row + e_row) * res_stride + {tile.offset} + {r * tile.lanes}"
+            at = f"rt + (row + e_row) * res_stride + {tile.offset} + {r * tile.lanes}"
             plus = f" + {vec('res', at, tile.lanes)}" if residual else ""
             w(f"{out} = {result}{plus}")

@@ -1,9 +1,9 @@
-"""Moving activations between torch's layouts and the tiles [tile][feature][T] of the spmm family, by transposing in registers.
+"""Moving activations between torch's layouts and the vectors of tokens that the kernels read, by transposing in registers.
 
-pack_rows    x[m][k], features consecutive  -> tiles, zeros where k >= K
-pack_tokens  x[k][m], tokens consecutive    -> tiles
+pack_rows    x[m][k], features consecutive  -> vectors of tokens, zeros where k >= K
+pack_tokens  x[k][m], tokens consecutive    -> the same
 write_rows   the inverse of pack_rows, written into the kernels that produce the values
-Tokens up to the next full vector are zero in packed tiles.
+Tokens up to the next full vector are zero in what the first two write.
 """
 
 from __future__ import annotations
@@ -12,65 +12,70 @@ from sparsecc.codegen.tvm.writer import Writer, vec
 
 BLOCK = 128  # features per task: a task's tile of 128 x 16 floats is 8 KiB
 FLOATS = {"x": "float32", "y": "float32"}
+INTS = ("B", "S", "K", "padded_k", "x_stride", "x_batch", "y_stride", "y_tile", "y_batch", "width")
+"""B sequences of S tokens. Token s, feature k of sequence b goes to y[b * y_batch + s // width * y_tile + k * y_stride + s % width]."""
 
 
 def pack_rows_source(lanes: int) -> str:
-    """f(x, y=tiles, M, K, padded_k, stride, width): x[m * stride + k]."""
+    """f(x, y, *INTS): x[b * x_batch + s * x_stride + k]."""
     w = Writer()
-    with w.function("pack_rows", FLOATS, ("M", "K", "padded_k", "stride", "width")):
+    with w.function("pack_rows", FLOATS, INTS):
         _tasks(w, "padded_k", lanes)
-        w("to: T.let = m // width * padded_k * width + m % width")
-        w.opaque("whole", f"T.Select(m + {lanes} <= M, T.max(first, T.min(last, K // {lanes} * {lanes})), first)")
+        w.opaque("whole", f"T.Select(s + {lanes} <= S, T.max(first, T.min(last, K // {lanes} * {lanes})), first)")
         with w.block(f"for kb in range((whole - first) // {lanes}):"):
             w(f"k: T.let = first + kb * {lanes}")
-            load = lambda i: vec("x", f"(m + {i}) * stride + k", lanes)  # noqa: E731
-            _transpose(w, lanes, load, lambda i: vec("y", f"to + (k + {i}) * width", lanes), {})
+            load = lambda i: vec("x", f"at + (s + {i}) * x_stride + k", lanes)  # noqa: E731
+            _transpose(w, lanes, load, lambda i: vec("y", f"to + (k + {i}) * y_stride", lanes), {})
         with w.block("for kr in range(last - whole):"), w.block(f"for i in range({lanes}):"):
             w("k: T.let = whole + kr")
-            w("y[to + k * width + i] = T.if_then_else((m + i < M) and (k < K), x[(m + i) * stride + k], T.float32(0))")
+            w("y[to + k * y_stride + i] = T.if_then_else((s + i < S) and (k < K), x[at + (s + i) * x_stride + k], T.float32(0))")
     return w.text
 
 
 def pack_tokens_source(lanes: int) -> str:
-    """f(x, y=tiles, M, K, padded_k, stride, width): x[k * stride + m]."""
+    """f(x, y, *INTS): x[b * x_batch + k * x_stride + s]."""
     w = Writer()
-    with w.function("pack_tokens", FLOATS, ("M", "K", "padded_k", "stride", "width")):
+    with w.function("pack_tokens", FLOATS, INTS):
         _tasks(w, "padded_k", lanes)
-        w("to: T.let = m // width * padded_k * width + m % width")
-        w.opaque("whole", f"T.Select(m + {lanes} <= M, T.max(first, T.min(last, K)), first)")
+        w.opaque("whole", f"T.Select(s + {lanes} <= S, T.max(first, T.min(last, K)), first)")
         with w.block("for kb in range(whole - first):"):
             w("k: T.let = first + kb")
-            w(f"{vec('y', 'to + k * width', lanes)} = {vec('x', 'k * stride + m', lanes)}")
+            w(f"{vec('y', 'to + k * y_stride', lanes)} = {vec('x', 'at + k * x_stride + s', lanes)}")
         with w.block("for kr in range(last - whole):"), w.block(f"for i in range({lanes}):"):
             w("k: T.let = whole + kr")
-            w("y[to + k * width + i] = T.if_then_else((m + i < M) and (k < K), x[k * stride + m + i], T.float32(0))")
+            w("y[to + k * y_stride + i] = T.if_then_else((s + i < S) and (k < K), x[at + k * x_stride + s + i], T.float32(0))")
     return w.text
 
 
-def write_rows(w: Writer, lanes: int, residual: bool, m: str, offset: str, width: int) -> None:
-    """Transposes `lanes` tokens of `out`[feature - first][width], from `offset` on, into y[m * y_stride + n] for features first..last,
-    and adds res[m * res_stride + n]."""
+def write_rows(w: Writer, lanes: int, residual: bool, token: str, offset: str, width: int) -> None:
+    """Transposes `lanes` tokens, from `token` of the sequence on, of `out`[feature - first][width], from `offset` on, into
+    y[m * y_stride + n] for features first..last, and adds res[m * res_stride + n]; m = batch * S + token."""
     plus = lambda row, n, size: f" + {vec('res', f'({row}) * res_stride + {n}', size)}" if residual else ""  # noqa: E731
-    w.opaque("m", m)
-    w.opaque("whole", f"T.Select(m + {lanes} <= M, (last - first) // {lanes} * {lanes}, T.int64(0))")
+    w.opaque("token", token)
+    w.opaque("m", "batch * S + token")
+    w.opaque("whole", f"T.Select(token + {lanes} <= S, (last - first) // {lanes} * {lanes}, T.int64(0))")
     with w.block(f"for nb in range(whole // {lanes}):"):
         w(f"n: T.let = nb * {lanes}")
         extra = {i: plus(f"m + {i}", "first + n", lanes) for i in range(lanes)}
         load = lambda i: vec("out", f"(n + {i}) * {width} + {offset}", lanes)  # noqa: E731
         _transpose(w, lanes, load, lambda i: vec("y", f"(m + {i}) * y_stride + first + n", lanes), extra)
-    with w.block("for nr in range(last - first - whole):"), w.block(f"for i in range(T.min(T.int64({lanes}), M - m)):"):
+    with w.block("for nr in range(last - first - whole):"), w.block(f"for i in range(T.min(T.int64({lanes}), S - token)):"):
         w("n: T.let = whole + nr")
         w(f"y[(m + i) * y_stride + first + n] = out[n * {width} + {offset} + i]{plus('m + i', 'first + n', 1)}")
 
 
 def _tasks(w: Writer, features: str, lanes: int) -> None:
-    """One task: `lanes` tokens from m on, features first..last."""
+    """One task: `lanes` tokens of one sequence from s on, features first..last; where they are in x and go in y."""
+    w(f"vectors: T.let = (S + {lanes - 1}) // {lanes}")
     w(f"blocks: T.let = ({features} + {BLOCK - 1}) // {BLOCK}")
-    w(f"for task in T.parallel((M + {lanes - 1}) // {lanes} * blocks):")
+    w("for task in T.parallel(B * vectors * blocks):")
     w.depth += 1
-    w.opaque("m", f"task // blocks * {lanes}")
+    w.opaque("batch", "task // blocks // vectors")
+    w.opaque("s", f"task // blocks % vectors * {lanes}")
     w.opaque("first", f"task % blocks * {BLOCK}")
     w.opaque("last", f"T.min({features}, first + {BLOCK})")
+    w.opaque("at", "batch * x_batch")
+    w.opaque("to", "batch * y_batch + s // width * y_tile + s % width")
 
 
 def _transpose(w: Writer, lanes: int, load, store, extra: dict[int, str]) -> None:

@@ -1,0 +1,106 @@
+"""Calling the kernels that stand between linears: norms and attention on token-minor values."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from ctypes import c_void_p
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
+from sparsecc.codegen.tvm.backend import TvmBackend
+from sparsecc.codegen.tvm.norm import NormSpec, norm_source
+from sparsecc.ir.ops import TOKEN_TILE
+from sparsecc.runtime.record import call, empty
+from sparsecc.runtime.tokens import Tokens, token_minor, token_output
+
+VECTORS = 4
+"""Vectors of tokens per tile: with 4 keys or features a side they fill half of AVX-512's registers with accumulators."""
+
+_FLOATS = threading.local()
+
+
+class NormKernel:
+    """fn(x [..., N], weight [N], bias [N], eps) -> y [..., N], in float32."""
+
+    def __init__(self, backend: TvmBackend, spec: NormSpec) -> None:
+        self.backend, self.spec = backend, spec
+
+    @cached_property
+    def code(self) -> Callable[..., Any]:
+        return self.backend.load(self.source())
+
+    def source(self, tokens: int = 0) -> str:
+        """The kernel's text."""
+        return norm_source(self.spec, VECTORS, self.backend.isa.lanes)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        lead, N = x.shape[:-1], x.shape[-1]
+        token = self.spec.layout == "token"
+        y = token_output(N, lead) if token else empty(*x.shape)
+        if x.numel() == 0:
+            return y
+        t = token_minor(self.backend, x)
+        per = -(-t.S // (VECTORS * self.backend.isa.lanes))
+        strides = (y.stride(-1), N * y.stride(-1)) if token else (N, 0)
+        parts = (t.tensor, y, weight, weight if bias is None else bias)
+        call(self.code, *(c_void_p(p.data_ptr()) for p in parts), _number(eps), t.S, N, t.B * per, per, t.by_feature, t.by_batch, *strides)
+        return y
+
+
+class AttentionKernel:
+    """fn(q [B, H, S, D], k and v [B, G, Sk, D], mask [B or 1, H or 1, Sk, S] or None, scale) -> token-minor [B, H, S, D], in float32.
+
+    Any strides; what isn't token-minor is copied first.
+    """
+
+    def __init__(self, backend: TvmBackend, spec: AttentionSpec) -> None:
+        self.backend, self.spec = backend, spec
+
+    @cached_property
+    def code(self) -> Callable[..., Any]:
+        return self.backend.load(self.source())
+
+    def source(self, tokens: int = 0) -> str:
+        """The kernel's text."""
+        return attention_source(self.spec, VECTORS, self.backend.isa.lanes)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        B, H, S, D = q.shape
+        y = token_output(D, (B, H, S))
+        if y.numel() == 0 or k.shape[2] == 0:
+            return y.zero_()
+        q, k, v = (self._usable(value) for value in (q, k, v))
+        pointers, mask_strides = [q, k, v, y], (0, 0, 0)
+        ints = [stride for value in (q, k, v, y) for stride in (value.stride(3), value.stride(1), value.stride(0))]
+        number = _number(scale)
+        addresses = [*(c_void_p(p.data_ptr()) for p in pointers), number]
+        if mask is not None:
+            addresses.append(c_void_p(mask.data_ptr()))
+            mask_strides = (mask.stride(2), mask.stride(1) if mask.shape[1] > 1 else 0, mask.stride(0) if mask.shape[0] > 1 else 0)
+        per = -(-S // (VECTORS * self.backend.isa.lanes))
+        call(self.code, *addresses, S, k.shape[2], H, H // k.shape[1], B * H * per, per, *ints, *mask_strides)
+        return y
+
+    def _usable(self, value: Tensor) -> Tensor:
+        """Token-minor [B, H, S, D], readable in whole vectors."""
+        B, H, S, D = value.shape
+        by_batch, by_head, by_token, by_feature = value.stride()
+        flat = Tokens(value, 1, S, 0, by_token if S > 1 else 1, by_feature)
+        end = (B - 1) * by_batch + (H - 1) * by_head + value.storage_offset() + (D - 1) * by_feature + -(-S // TOKEN_TILE) * TOKEN_TILE
+        if flat.in_place(D) and by_head % TOKEN_TILE == 0 == by_batch % TOKEN_TILE and 4 * end <= value.untyped_storage().nbytes():
+            return value
+        made = token_minor(self.backend, value.contiguous())
+        return made.tensor.view(B, H, D, -1).transpose(2, 3)[:, :, :S]
+
+
+def _number(value: float) -> c_void_p:
+    """The address of a float32 that lives as long as the thread: kernels take pointers and integers."""
+    known = _FLOATS.__dict__
+    if value not in known:
+        known[value] = torch.tensor([value], dtype=torch.float32)  # type: ignore[index]
+    return c_void_p(known[value].data_ptr())  # type: ignore[index]

@@ -1,0 +1,190 @@
+"""Chains: kernels that follow each other without dense code between them become one call, `sparsecc::chain`.
+
+The dense rest then sees one opaque op instead of dozens, and what a call costs on the host is paid once (see `record`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import operator
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sparsecc.ir import ops, token_ops
+from sparsecc.ir.effects import mutates
+from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR
+from sparsecc.ir.program import Program, get_attr, make_module
+from sparsecc.ir.token_ops import ATTENTION, NORM
+from sparsecc.runtime.record import Pool, Recorder, Replay
+
+aten = torch.ops.aten
+KINDS: dict[Any, Any] = {LINEAR: ops.linear, NORM: token_ops.norm, ATTENTION: token_ops.attention}
+"""Ops that kernels run, and what to call without the dispatcher."""
+VIEWS = {aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor}
+PLANS = 32
+"""Recorded shapes per thread and chain; more are forgotten, the oldest first."""
+
+CHAINS: WeakValueDictionary[str, Chain] = WeakValueDictionary()
+_COUNT = itertools.count()
+_LOCAL = threading.local()
+
+
+class Chain:
+    """A graph of kernels and views, called with its tensors and the symbolic sizes that its views need."""
+
+    def __init__(self, gm: fx.GraphModule, key: str) -> None:
+        self.gm, self.key = gm, key
+        CHAINS[key] = self
+
+    def __call__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        plans = _plans(self)
+        key = (*sizes, *((t.shape, t.stride(), t.data_ptr() % 64, t.storage_offset(), t.untyped_storage().nbytes()) for t in tensors))
+        plan = plans.get(key)
+        if plan is not None:
+            return plan(tensors)
+        with Recorder(_pool()) as recorder:
+            outputs = self.run(tensors, sizes)
+        for output in outputs:
+            recorder.pool.release(output)
+        plan = Replay.of(recorder, tensors, outputs)
+        if plan is not None:
+            while len(plans) >= PLANS:
+                plans.pop(next(iter(plans)))
+            plans[key] = plan
+        return outputs
+
+    def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any]) -> list[Tensor]:
+        """Node by node."""
+        return list(_Run(self.gm).run(*tensors, *sizes, enable_io_processing=False))
+
+
+class _Run(fx.Interpreter):
+    """Calls implementations directly; on fake tensors, the ops themselves, with stand-ins for the weights."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.fake = any(isinstance(a, FakeTensor) for a in args)
+        return super().run(*args, **kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return (target if self.fake else KINDS.get(target, target))(*args, **kwargs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if self.fake else value
+
+
+def _plans(chain: Chain) -> dict[Any, Replay]:
+    """This thread's, forgotten with the chain."""
+    by_chain = _LOCAL.__dict__.setdefault("plans", {})
+    for key in [key for key in by_chain if key not in CHAINS]:
+        del by_chain[key]
+    return by_chain.setdefault(chain.key, {})
+
+
+def _pool() -> Pool:
+    return _LOCAL.__dict__.setdefault("pool", Pool())
+
+
+def _chain(tensors: list[Tensor], sizes: list[int], key: str) -> list[Tensor]:
+    return CHAINS[key](tensors, sizes)
+
+
+def _chain_fake(tensors: list[Tensor], sizes: list[int], key: str) -> list[Tensor]:
+    return CHAINS[key].run(tensors, sizes)
+
+
+LIBRARY.define(
+    "chain(Tensor[] tensors, SymInt[] sizes, str key) -> Tensor[]", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+)
+LIBRARY.impl("chain", _chain, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsecc::chain", _chain_fake, lib=LIBRARY)
+CHAIN = torch.ops.sparsecc.chain.default
+
+
+def link(program: Program) -> list[Chain]:
+    """Replace every group of at least two kernels by one call; returns the chains, which live as long as someone holds them."""
+    graph = program.graph
+    if any(mutates(node) for node in graph.nodes if node.op != "output"):
+        return []  # groups move code, and writes must stay where they are
+    _split_views(graph)
+    level, ours = _levels(graph)
+    groups: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node in ours:
+            groups[level[node]].append(node)
+    groups = {key: nodes for key, nodes in groups.items() if sum(n.target in KINDS for n in nodes) > 1}
+    if not groups:
+        return []
+    _sort(graph, level)
+    made = [_link(program, nodes) for nodes in groups.values()]
+    program.finish()
+    return made
+
+
+def _split_views(graph: fx.Graph) -> None:
+    """A view of a kernel's result for each of its users, so that each can be on its user's side."""
+    for node in reversed(list(graph.nodes)):
+        if node.target in VIEWS and len(node.users) > 1:
+            for user in list(node.users)[1:]:
+                with graph.inserting_after(node):
+                    twin = graph.node_copy(node)
+                user.replace_input_with(node, twin)
+
+
+def _levels(graph: fx.Graph) -> tuple[dict[fx.Node, int], set[fx.Node]]:
+    """How often the way to a node changes between kernels and the dense rest, and which nodes are kernels' or views between them."""
+    ours = {node for node in graph.nodes if node.target in KINDS and node.args[-1] in KERNELS}
+    for node in reversed(list(graph.nodes)):
+        if node.target in VIEWS and all(user in ours for user in node.users) and _of_kernel(node, ours):
+            ours.add(node)
+    level: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        inputs = [i for i in node.all_input_nodes if i.op not in ("placeholder", "get_attr")]
+        level[node] = max((level[i] + ((i in ours) != (node in ours)) for i in inputs), default=int(node in ours))
+    return level, ours
+
+
+def _of_kernel(node: fx.Node, ours: set[fx.Node]) -> bool:
+    while node.target in VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node in ours
+
+
+def _sort(graph: fx.Graph, level: dict[fx.Node, int]) -> None:
+    """Order by level: what depends on each other already stands so."""
+    first = {"placeholder": -2, "get_attr": -1, "output": len(level) + 1}
+    ordered = sorted(graph.nodes, key=lambda node: first.get(node.op, level[node]))
+    for before, after in itertools.pairwise(ordered):
+        before.append(after)
+
+
+def _link(program: Program, nodes: list[fx.Node]) -> Chain:
+    inside, graph = set(nodes), fx.Graph()
+    outer = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
+    fixed = [i for i in outer if i.op == "get_attr"]
+    tensors = [i for i in outer if i.op != "get_attr" and program.type(i) is not None]
+    sizes = [i for i in outer if i not in tensors and i not in fixed]
+    values = {node: graph.placeholder(node.name) for node in (*tensors, *sizes)}
+    values |= {node: graph.get_attr(str(node.target)) for node in fixed}
+    for node in nodes:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    results = [node for node in nodes if any(user not in inside for user in node.users)]
+    graph.output(tuple(values[node] for node in results))
+    gm = make_module({str(node.target): get_attr(program.gm, str(node.target)) for node in fixed}, graph)
+    text = hashlib.sha256("\n".join(n.format_node() or "" for n in graph.nodes).encode()).hexdigest()[:16]
+    chain = Chain(gm, f"{next(_COUNT)}:{text}")
+    with program.graph.inserting_after(nodes[-1]):
+        call = program.graph.call_function(CHAIN, (tensors, sizes, chain.key))
+    for i, node in reversed(list(enumerate(results))):
+        with program.graph.inserting_after(call):
+            item = program.graph.call_function(operator.getitem, (call, i))
+        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
+    return chain

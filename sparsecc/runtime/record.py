@@ -1,0 +1,136 @@
+"""Kernel calls as data: the first run of a chain of kernels is recorded, later runs of the same shapes replay it.
+
+What a call from Python costs is mostly deciding sizes, strides and buffers. A replay does none of that: the arguments are there, and only
+the addresses of the chain's inputs and outputs are new.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from ctypes import c_void_p
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_LOCAL = threading.local()
+
+aten = torch.ops.aten
+HARMLESS = {
+    aten.empty.memory_format, aten.new_empty.default, aten.as_strided.default, aten.view.default, aten._unsafe_view.default,
+    aten.slice.Tensor, aten.transpose.int, aten.alias.default, aten.detach.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.t.default, aten.permute.default, aten.select.int, aten._reshape_alias.default,
+}  # fmt: skip
+"""What torch may do while a chain is recorded: nothing that computes, since a replay would leave it out."""
+
+
+class Pool:
+    """Buffers of one thread for values between kernels. A buffer is free when only the pool holds its storage."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def empty(self, floats: int) -> Tensor:
+        """f32[floats or a little more]: the tightest free buffer of at most twice the size, or a new one."""
+        free = [b for b in self.buffers if floats <= b.numel() <= 2 * floats and _holders(b) == 1]
+        if free:
+            return min(free, key=Tensor.numel).view(-1)
+        self.buffers.append(torch.empty(floats))
+        return self.buffers[-1].view(-1)
+
+    def release(self, tensor: Tensor) -> None:
+        """The tensor's memory belongs to someone else from now on."""
+        address = tensor.untyped_storage().data_ptr()
+        self.buffers = [b for b in self.buffers if b.untyped_storage().data_ptr() != address]
+
+
+def _holders(tensor: Tensor) -> int:
+    """Tensors that share the storage."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """Collects the kernel calls of one run. `foreign` names what torch computed meanwhile, if anything."""
+
+    pool: Pool
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)
+    foreign: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in HARMLESS:
+            self.foreign = str(func)
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Recorder:
+        _LOCAL.recorder = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _LOCAL.recorder = None
+        super().__exit__(*error)
+
+
+def call(code: Callable[..., Any], *args: Any) -> None:
+    """Run a kernel on addresses (c_void_p) and integers."""
+    recorder = getattr(_LOCAL, "recorder", None)
+    if recorder is not None:
+        recorder.calls.append((code, args))
+    code(*args)
+
+
+def empty(*shape: int) -> Tensor:
+    """Uninitialised float32 memory for the result of a kernel."""
+    recorder = getattr(_LOCAL, "recorder", None)
+    if recorder is None:
+        return torch.empty(shape)
+    floats = 1
+    for size in shape:
+        floats *= size
+    return recorder.pool.empty(floats)[:floats].view(shape)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The calls of a recorded run. `inputs`, `outputs`: per tensor, the addresses to renew and their distance from its own."""
+
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]
+    inputs: list[list[tuple[c_void_p, int]]]
+    outputs: list[list[tuple[c_void_p, int]]]
+    shapes: list[tuple[int, tuple[int, ...], tuple[int, ...]]]
+    """Of each output: floats of its storage, size, strides."""
+
+    @staticmethod
+    def of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Replay | None:
+        """None if the run was more than kernels, or an output is no kernel's own."""
+        if recorder.foreign or any(t.storage_offset() for t in outputs):
+            return None
+        storages = [t.untyped_storage().data_ptr() for t in (*inputs, *outputs)]
+        if len(set(storages[len(inputs) :])) < len(outputs) or set(storages[: len(inputs)]) & set(storages[len(inputs) :]):
+            return None
+        cells = [arg for _, args in recorder.calls for arg in args if isinstance(arg, c_void_p)]
+        found = [_inside(cells, t) for t in (*inputs, *outputs)]
+        shapes = [(t.untyped_storage().nbytes() // 4, tuple(t.shape), t.stride()) for t in outputs]
+        return Replay(recorder.calls, found[: len(inputs)], found[len(inputs) :], shapes)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        made = [torch.empty(floats).as_strided(size, strides) for floats, size, strides in self.shapes]
+        for tensor, cells in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
+            address = tensor.data_ptr()
+            for cell, distance in cells:
+                cell.value = address + distance
+        for code, args in self.calls:
+            code(*args)
+        return made
+
+
+def _inside(cells: Sequence[c_void_p], tensor: Tensor) -> list[tuple[c_void_p, int]]:
+    storage = tensor.untyped_storage()
+    first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    return [(cell, cell.value - tensor.data_ptr()) for cell in cells if cell.value is not None and first <= cell.value < end]
