@@ -55,9 +55,8 @@ def key_mask(mask: Tensor) -> Tensor:
     for dim in (0, 1):  # a broadcast batch or head is stored once
         mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
     out = _empty_mask(mask)
-    if mask.dtype == torch.bool:
-        return out.zero_().masked_fill_(~mask.transpose(-1, -2), -torch.inf)
-    return out.copy_(mask.transpose(-1, -2))
+    out.copy_(mask.transpose(-1, -2))
+    return out.log_() if mask.dtype == torch.bool else out
 
 
 def key_mask_fake(mask: Tensor) -> Tensor:

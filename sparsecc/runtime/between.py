@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from ctypes import c_void_p
-from functools import cached_property
+from ctypes import addressof, c_float, c_void_p
+from functools import cache, cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
@@ -20,8 +18,6 @@ from sparsecc.runtime.tokens import Tokens, token_minor, token_output
 
 VECTORS = 4
 """Vectors of tokens per tile: with 4 keys or features a side they fill half of AVX-512's registers with accumulators."""
-
-_FLOATS = threading.local()
 
 
 class NormKernel:
@@ -98,9 +94,11 @@ class AttentionKernel:
         return made.tensor.view(B, H, D, -1).transpose(2, 3)[:, :, :S]
 
 
+@cache
+def _cell(value: float) -> c_float:
+    """A float32 in memory, for good: kernels take pointers and integers."""
+    return c_float(value)
+
+
 def _number(value: float) -> c_void_p:
-    """The address of a float32 that lives as long as the thread: kernels take pointers and integers."""
-    known = _FLOATS.__dict__
-    if value not in known:
-        known[value] = torch.tensor([value], dtype=torch.float32)  # type: ignore[index]
-    return c_void_p(known[value].data_ptr())  # type: ignore[index]
+    return c_void_p(addressof(_cell(value)))

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsecc.ir import ops, token_ops
 from sparsecc.ir.effects import mutates
+from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR
 from sparsecc.ir.program import Program, get_attr, make_module
 from sparsecc.ir.token_ops import ATTENTION, NORM
@@ -170,8 +171,8 @@ def _link(program: Program, nodes: list[fx.Node]) -> Chain:
     inside, graph = set(nodes), fx.Graph()
     outer = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
     fixed = [i for i in outer if i.op == "get_attr"]
-    tensors = [i for i in outer if i.op != "get_attr" and program.type(i) is not None]
-    sizes = [i for i in outer if i not in tensors and i not in fixed]
+    sizes = [i for i in outer if isinstance(value_of(i), int | torch.SymInt)]
+    tensors = [i for i in outer if i not in sizes and i not in fixed]
     values = {node: graph.placeholder(node.name) for node in (*tensors, *sizes)}
     values |= {node: graph.get_attr(str(node.target)) for node in fixed}
     for node in nodes:

@@ -27,6 +27,10 @@ HARMLESS = {
 """What torch may do while a chain is recorded: nothing that computes, since a replay would leave it out."""
 
 
+RESHAPES = {aten.reshape.default, aten.contiguous.default}
+"""Harmless where they give a view."""
+
+
 class Pool:
     """Buffers of one thread for values between kernels. A buffer is free when only the pool holds its storage."""
 
@@ -64,9 +68,11 @@ class Recorder(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in HARMLESS:
+        result = func(*args, **(kwargs or {}))
+        copied = func in RESHAPES and result.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr()
+        if copied or func not in HARMLESS | RESHAPES:
             self.foreign = str(func)
-        return func(*args, **(kwargs or {}))
+        return result
 
     def __enter__(self) -> Recorder:
         _LOCAL.recorder = self

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from sparsecc.codegen.tvm.writer import Writer, constant, splat
 
 _EXP = (1.0, 1.0, 0.5, 1.6666667163372040e-01, 4.1666544973850250e-02, 8.3333505317568780e-03, 1.3888889225199819e-03)
+_ROUND = 12582912.0 + 127.0
 _LOG_ERFC = (-1.1283838141773035, -0.63653689985929, -0.10325379641283151, 0.020415027302298022, -0.0015958874527117468,
              -0.00031989287500620866, 6.946010763553951e-05)
 
@@ -38,7 +39,7 @@ def write_activation(w: Writer, name: str, values: Sequence[str], lanes: int) ->
     sizes = step("size", [f"T.max({v}, {c(0.0)} - {v})" for v in vs])
     scaled = step("a", [f"T.min({size} * {c(0.7071067811865476)}, {c(4.2)})" for size in sizes])
     logs = [f"{a} * {p}" for a, p in zip(scaled, step.horner(_LOG_ERFC, scaled), strict=True)]
-    rest = step.exp(logs)  # 1 - erf(a)
+    rest = step.exp(logs, bounded=True)  # 1 - erf(a)
     return [f"{c(0.5)} * ({v} + {size} * ({c(1.0)} - {q}))" for v, size, q in zip(vs, sizes, rest, strict=True)]
 
 
@@ -47,7 +48,7 @@ def write_exp(w: Writer, values: Sequence[str], lanes: int) -> list[str]:
     step = _Steps(w, lanes)
     vs = step("v", values)
     zero, least = step.constant(0.0), step.constant(-87.0)
-    return step("p", [f"T.Select({v} < {least}, {zero}, {e})" for v, e in zip(vs, step.exp(vs), strict=True)])
+    return step("p", [f"T.Select({v} < {least}, {zero}, {e})" for v, e in zip(vs, step.exp(vs, bounded=True), strict=True)])
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,18 @@ class _Steps:
             sums = self("p", [f"{p} * {v} + {self.constant(value)}" for p, v in zip(sums, at, strict=True)])
         return sums
 
-    def exp(self, values: Sequence[str]) -> list[str]:
-        """e to each value."""
-        c, lanes = self.constant, self.lanes
-        suffix = "" if lanes == 1 else f"x{lanes}"
-        es = self("e", [f"T.max(T.min({v}, {c(89.0)}), {c(-87.0)})" for v in values])
-        ns = self("n", [f'T.Cast("int32{suffix}", T.floor({e} * {c(1.4426950408889634)} + {c(0.5)}))' for e in es])
-        floats = self("nf", [f'T.Cast("float32{suffix}", {n})' for n in ns])
-        rs = self("r", [f"{e} - {nf} * {c(0.693359375)} + {nf} * {c(2.12194440e-4)}" for e, nf in zip(es, floats, strict=True)])
-        bias, shift = splat("T.int32(127)", lanes), splat("T.int32(23)", lanes)
-        powers = self("power", [f'T.reinterpret("float32{suffix}", T.shift_left({n} + {bias}, {shift}))' for n in ns])
+    def exp(self, values: Sequence[str], bounded: bool = False) -> list[str]:
+        """e to each value. `bounded` values lie in [-87, 88] or their result is not used."""
+        c = self.constant
+        es = self("e", [v if bounded else f"T.max(T.min({v}, {c(89.0)}), {c(-87.0)})" for v in values])
+        # Adding 1.5 * 2^23 + 127 rounds v / ln2 to the integer n and leaves n + 127 in the low bits: the exponent of 2^n.
+        # An intrinsic, because TVM would cancel the constant that is added here and taken off again.
+        suffix = "" if self.lanes == 1 else f"x{self.lanes}"
+        fused = f'T.call_llvm_pure_intrin("float32{suffix}", "llvm.fmuladd", '
+        sums = self("sum", [f"{fused}{e}, {c(1.4426950408889634)}, {c(_ROUND)})" for e in es])
+        ns = self("n", [f"{s} - {c(_ROUND)}" for s in sums])
+        rs = self("r", [f"{e} - {n} * {c(0.693359375)} + {n} * {c(2.12194440e-4)}" for e, n in zip(es, ns, strict=True)])
+        shift = splat("T.int32(23)", self.lanes)
+        bits = [f'T.reinterpret("int32{suffix}", {s})' for s in sums]
+        powers = self("power", [f'T.reinterpret("float32{suffix}", T.shift_left({b}, {shift}))' for b in bits])
         return self("exp", [f"{p} * {power}" for p, power in zip(self.horner(_EXP, rs), powers, strict=True)])

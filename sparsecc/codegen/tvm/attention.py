@@ -75,9 +75,9 @@ class _Tile:
         w.opaque("yt", "batch * y_batch + head * y_head + start + offset")
         if self.spec.masked:
             w.opaque("mt", "batch * m_batch + head * m_head + start + offset")
-        w(f'p = T.alloc_buffer(({KEYS * width},), "float32", scope="local")')
+        w(f'p = T.alloc_buffer(({KEYS * width},), "float32", scope="global")')
         for name in ("top", "total", "shift", "fade"):
-            w(f'{name} = T.alloc_buffer(({width},), "float32", scope="local")')
+            w(f'{name} = T.alloc_buffer(({width},), "float32", scope="global")')
         for r in range(self.vectors):
             w(f"{self.at('top', r)} = {self.fill('-inf')}")
             w(f"{self.at('total', r)} = {self.fill(0.0)}")
@@ -109,8 +109,7 @@ class _Tile:
     def scores(self, first: str, keys: int) -> None:
         """p of `keys` keys from `first` of the block on."""
         w = self.w
-        w(f'acc = T.alloc_buffer(({keys * self.vectors * self.lanes},), "float32", scope="local")')
-        acc = lambda b, r: vec("acc", (b * self.vectors + r) * self.lanes, self.lanes)  # noqa: E731
+        acc = w.registers("acc", keys, self.vectors, self.lanes)
         for b in range(keys):
             for r in range(self.vectors):
                 w(f"{acc(b, r)} = {self.fill(0.0)}")
@@ -146,8 +145,7 @@ class _Tile:
     def values(self, first: str, features: int) -> None:
         """`features` features of y from `first` on."""
         w = self.w
-        w(f'sum = T.alloc_buffer(({features * self.vectors * self.lanes},), "float32", scope="local")')
-        acc = lambda b, r: vec("sum", (b * self.vectors + r) * self.lanes, self.lanes)  # noqa: E731
+        acc = w.registers("sum", features, self.vectors, self.lanes)
         for b in range(features):
             for r in range(self.vectors):
                 w(f"{acc(b, r)} = {self.y(f'({first} + {b})', r)} * {self.at('fade', r)}")

@@ -57,8 +57,8 @@ def write_entries(w: Writer, fmt: Format, t: int, parent: str, coords: str, unro
                 body(f"{parent} * {coords} + c", "c", 0)
         case Bitmap():
             w(f"words{t}: T.let = ({coords} + 15) // 16")
-            w(f'at{t} = T.alloc_buffer((1,), "int64", scope="local")')
-            w(f'mask{t} = T.alloc_buffer((1,), "int32", scope="local")')
+            w(f'at{t} = T.alloc_buffer((1,), "int64", scope="global")')
+            w(f'mask{t} = T.alloc_buffer((1,), "int32", scope="global")')
             w(f'at{t}[0] = T.Cast("int64", ptr{t}[{parent}])')
             with w.block(f"for word in range(words{t}):"):
                 w(f'mask{t}[0] = T.Cast("int32", bits{t}[{parent} * words{t} + word])')

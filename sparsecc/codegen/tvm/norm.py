@@ -52,7 +52,7 @@ def _write_tile(w: Writer, spec: NormSpec, vectors: int, lanes: int) -> None:
     w.opaque("xt", "batch * x_batch + start + offset")
     x = lambda n, r: vec("x", f"xt + {n} * x_stride + {r * lanes}", lanes)  # noqa: E731
     size = 2 * vectors * lanes
-    w(f'stats = T.alloc_buffer(({size},), "float32", scope="local")')
+    w(f'stats = T.alloc_buffer(({size},), "float32", scope="global")')
     mean = lambda r: vec("stats", r * lanes, lanes)  # noqa: E731
     scale = lambda r: vec("stats", (vectors + r) * lanes, lanes)  # noqa: E731
     count, zero = splat('T.Cast("float32", N)', lanes), splat("T.float32(0)", lanes)
@@ -82,7 +82,7 @@ def _write_tile(w: Writer, spec: NormSpec, vectors: int, lanes: int) -> None:
             for r in range(vectors):
                 w(f"{vec('y', f'yt + n * y_stride + {r * lanes}', lanes)} = {result('n', r)}")
         return
-    w(f'out = T.alloc_buffer(({CHUNK * vectors * lanes},), "float32", scope="local")')
+    w(f'out = T.alloc_buffer(({CHUNK * vectors * lanes},), "float32", scope="global")')
     with w.block(f"for chunk in range((N + {CHUNK - 1}) // {CHUNK}):"):
         w.opaque("first", f"chunk * {CHUNK}")
         w.opaque("last", f"T.min(N, first + {CHUNK})")

@@ -73,7 +73,7 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: 
                 if spec.residual:
                     w("rt: T.let = batch * res_batch + start")
             if by_rows:
-                w(f'out = T.alloc_buffer(({chunk * width},), "float32", scope="local")')
+                w(f'out = T.alloc_buffer(({chunk * width},), "float32", scope="global")')
             part = vectors
             while part:  # the last tile may be narrower: its vectors are the sum of smaller powers of two
                 test = f"left == {part}" if part == vectors else f"T.bitwise_and(left, T.int64({part})) != 0"
@@ -103,8 +103,8 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, re
         with w.block_if(br > rows, f"for sub in range({br // rows}):"):
             w(f"row: T.let = first + i * {br} + {sub}")
             w(f"parent: T.let = {f'p{t} * {parents} + ' if panels else ''}first // {br} + i")
-            w(f'acc = T.alloc_buffer(({sets * rows * tile.vectors * tile.lanes},), "float32", scope="local")')
-            acc = lambda s, b, r: vec("acc", ((s * rows + b) * tile.vectors + r) * tile.lanes, tile.lanes)  # noqa: E731
+            registers_of = w.registers("acc", sets * rows, tile.vectors, tile.lanes)
+            acc = lambda s, b, r: registers_of(s * rows + b, r)  # noqa: E731
             y = lambda b, r: tile.out(f"row + {b}", r)  # noqa: E731
             _write_start(w, spec, t, tile, rows, sets, acc, y, panels)
             xk = f"p{t} * C{t} + " if panels else ""

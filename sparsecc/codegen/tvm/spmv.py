@@ -49,7 +49,7 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, unroll: int, lanes: int) ->
     with w.block_if(panels, f"for p{t} in range(P{t}):"), w.block(f"for i in range((last - first + {br - 1}) // {br}):"):
         parents = f"((N + {br - 1}) // {br})"
         w(f"parent: T.let = {f'p{t} * {parents} + ' if panels else ''}first // {br} + i")
-        w(f'acc = T.alloc_buffer(({sets * parts * width},), "float32", scope="local")')
+        w(f'acc = T.alloc_buffer(({sets * parts * width},), "float32", scope="global")')
         acc = lambda s, q: vec("acc", (s * parts + q) * width, width)  # noqa: E731
         for s in range(sets):
             for q in range(parts):

@@ -80,13 +80,13 @@ def _tasks(w: Writer, features: str, lanes: int) -> None:
 
 def _transpose(w: Writer, lanes: int, load, store, extra: dict[int, str]) -> None:
     """lanes x lanes floats: stage s exchanges bit s of the row number with bit s of the lane number."""
-    w(f'v = T.alloc_buffer(({2 * lanes * lanes},), "float32", scope="local")')
-    at = lambda half, i: vec("v", (half * lanes + i) * lanes, lanes)  # noqa: E731
+    row = w.registers("v", 2 * lanes, 1, lanes)
+    at = lambda half, i: row(half * lanes + i, 0)  # noqa: E731
     for i in range(lanes):
         w(f"{at(0, i)} = {load(i)}")
     half = 0
-    for s in range(lanes.bit_length() - 1):
-        bit = 1 << s
+    for stage in range(lanes.bit_length() - 1):
+        bit = 1 << stage
         for i in range(lanes):
             low, high = at(half, i & ~bit), at(half, i | bit)
             if i & bit:

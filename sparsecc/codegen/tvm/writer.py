@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 ALIGN = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int32": 4}
+
+
+Registers = Callable[[int, int], str]
+"""(row, vector) -> the accumulator."""
 
 
 class Writer:
@@ -40,9 +44,16 @@ class Writer:
     def opaque(self, name: str, value: str) -> None:
         """Bind an int64 through a local array. TVM's prover would follow a plain binding into every use of it, and takes seconds
         over divisions by run-time sizes; LLVM makes a register of the array."""
-        self(f'{name}_at = T.alloc_buffer((1,), "int64", scope="local")')
+        self(f'{name}_at = T.alloc_buffer((1,), "int64", scope="global")')
         self(f"{name}_at[0] = {value}")
         self(f"{name}: T.let = {name}_at[0]")
+
+    def registers(self, name: str, rows: int, vectors: int, lanes: int) -> Registers:
+        """Declare rows x vectors accumulators, a buffer per row. TVM puts arrays of scope "global" under a kilobyte on the stack, where
+        LLVM finds that they fit registers; all others come from its workspace, at the price of a call each."""
+        for row in range(rows):
+            self(f'{name}{row} = T.alloc_buffer(({vectors * lanes},), "float32", scope="global")')
+        return lambda row, vector: vec(f"{name}{row}", vector * lanes, lanes)
 
     @contextmanager
     def function(self, name: str, pointers: Mapping[str, str], ints: tuple[str, ...]) -> Iterator[None]:
