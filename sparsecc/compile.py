@@ -161,15 +161,16 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
             if source is not None:
                 dumper.kernel(view.kernel, source(tokens_of(view.x)))
         dumper.weights(history.program, "lowered.safetensors")
-    return Built(finish(history.program, options.remainder), history, explanation(history, options))
+    notes = {} if tuner is None else tuner.notes
+    return Built(finish(history.program, options.remainder), history, explanation(history, options, notes))
 
 
-def explanation(history: History, options: Options) -> Explanation:
-    """The regions as they stood before lowering, which returns dense ones to ATen."""
+def explanation(history: History, options: Options, notes: Mapping[str, str]) -> Explanation:
+    """The regions as they stood before lowering, which returns dense ones to ATen. `notes` go into the header."""
     steps = [step for step in history.steps if step.name != "lower"]
     regions = [steps[-1].program.region(view.node) for view in steps[-1].program.linears()]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
-    return Explanation(regions, header)
+    return Explanation(regions, header | notes)
 
 
 def _require_cpu(program: Program) -> None:

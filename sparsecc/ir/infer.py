@@ -13,8 +13,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from sparsecc.ir.program import TYPE_KEY, Program
 from sparsecc.ir.types import TensorType, dim_of, parse_dim, type_of
 
-_HINT = 7
-"""Sizes that a parsed program leaves open are propagated as if they were this and the primes after it."""
+_FIRST = 30
+"""Sizes that a parsed program leaves open are propagated as if they were the primes from this one on: 113, 127, ..."""
 
 
 def infer(program: Program) -> None:
@@ -117,7 +117,7 @@ class _Propagate:
         if dim.name not in self.symbols:
             env, source = self.mode.shape_env, ConstantSource(f"sparsecc_{dim.name}")
             assert env is not None
-            hint = int(sympy.prime(len(self.symbols) + 4)) if self.symbols else _HINT
+            hint = int(sympy.prime(len(self.symbols) + _FIRST))
             made = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
             self.names[made] = dim  # type: ignore[index]
             self.symbols[dim.name] = env.create_symintnode(made, hint=hint, source=source)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ joins where its heads come from packed linears and its result goes into one. Wha
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from sparsecc.passes.context import Attention, Context
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 LAYER_NORM = aten.layer_norm.default
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 RESHAPES = (aten.reshape.default, aten.view.default)
 
 
@@ -158,7 +160,7 @@ def _heads(node: fx.Node, packed: set[fx.Node]) -> set[fx.Node]:
 
 
 def _up(value: Any, packed: set[fx.Node]) -> set[fx.Node] | None:
-    """transpose(reshape(slice(linear))): [B, S, F] -> [B, H, S, D]."""
+    """transpose(reshape(slice or part of a split(linear))): [B, S, F] -> [B, H, S, D]."""
     if not (isinstance(value, fx.Node) and _swaps(value)):
         return None
     split = value.args[0]
@@ -169,6 +171,12 @@ def _up(value: Any, packed: set[fx.Node]) -> set[fx.Node] | None:
     if isinstance(whole, fx.Node) and whole.target is aten.slice.Tensor and whole.args[1] in (-1, 2) and len(whole.args) == 4:
         found.add(whole)
         whole = whole.args[0]
+    elif isinstance(whole, fx.Node) and whole.target is operator.getitem:
+        parts = whole.args[0]
+        if not isinstance(parts, fx.Node) or parts.target not in SPLITS or parts.args[2:] not in ((-1,), (2,)):
+            return None
+        found |= {whole, parts}
+        whole = parts.args[0]
     return found if whole in packed and _rank(whole) == 3 else None
 
 
@@ -204,8 +212,8 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 def _attention_pays(node: fx.Node, context: Context) -> bool:
     """Whether the target's kernel was the faster one; without a target the dense meaning serves either way."""
-    q, k = value_of(node.args[0]), value_of(node.args[1])
-    if q.dtype != torch.float32 or any(_writes(arg) for arg in node.args[:3]):
+    q, k = (value_of(arg) for arg in node.all_input_nodes[:2])
+    if q.dtype != torch.float32 or any(_writes(arg) for arg in node.all_input_nodes[:3]):
         return False
     if context.tuner is None:
         return True
@@ -233,11 +241,13 @@ def _replace_attention(program: Program, node: fx.Node, masks: dict[fx.Node, fx.
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     scale = node.kwargs.get("scale")
     if scale is None:
-        scale = 1 / math.sqrt(int(value_of(q).shape[-1]))
-    if isinstance(mask, fx.Node) and mask not in masks:
-        with program.graph.inserting_after(mask):
-            masks[mask] = program.graph.call_function(KEY_MASK, (mask,))
+        scale = 1 / math.sqrt(int(_shape(q)[-1]))
+    if isinstance(mask, fx.Node):
+        if mask not in masks:
+            with program.graph.inserting_after(mask):
+                masks[mask] = program.graph.call_function(KEY_MASK, (mask,))
+        mask = masks[mask]
     with program.graph.inserting_before(node):
-        new = program.graph.call_function(ATTENTION, (q, k, v, None if mask is None else masks[mask], scale, ""))
+        new = program.graph.call_function(ATTENTION, (q, k, v, mask, scale, ""))
     program.replace(node, new)
 

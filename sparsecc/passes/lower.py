@@ -71,7 +71,7 @@ def _name_kernel(node: fx.Node, tuner: Any) -> None:
 
 
 def _head_size(node: fx.Node) -> int:
-    return int(value_of(node.args[0]).shape[-1])
+    return int(value_of(node.all_input_nodes[0]).shape[-1])
 
 
 def _to_aten(program: Program, node: fx.Node) -> fx.Node | None:

@@ -29,7 +29,10 @@ from sparsecc.runtime.record import Pool, Recorder, Replay
 aten = torch.ops.aten
 KINDS: dict[Any, Any] = {LINEAR: ops.linear, NORM: token_ops.norm, ATTENTION: token_ops.attention}
 """Ops that kernels run, and what to call without the dispatcher."""
-VIEWS = {aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor}
+VIEWS = {
+    aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, operator.getitem,
+}  # fmt: skip
 PLANS = 32
 """Recorded shapes per thread and chain; more are forgotten, the oldest first."""
 
@@ -53,14 +56,12 @@ class Chain:
             return plan(tensors)
         with Recorder(_pool()) as recorder:
             outputs = self.run(tensors, sizes)
-        for output in outputs:
-            recorder.pool.release(output)
         plan = Replay.of(recorder, tensors, outputs)
         if plan is not None:
             while len(plans) >= PLANS:
                 plans.pop(next(iter(plans)))
             plans[key] = plan
-        return outputs
+        return [_own(output) for output in outputs]
 
     def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any]) -> list[Tensor]:
         """Node by node."""
@@ -80,6 +81,12 @@ class _Run(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if self.fake else value
+
+
+def _own(output: Tensor) -> Tensor:
+    """A copy with the same strides: the pool's memory will be written to again."""
+    size = output.untyped_storage().nbytes() // output.itemsize
+    return torch.empty(size, dtype=output.dtype).as_strided(output.shape, output.stride()).copy_(output)
 
 
 def _plans(chain: Chain) -> dict[Any, Replay]:

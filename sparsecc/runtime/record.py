@@ -21,8 +21,9 @@ _LOCAL = threading.local()
 aten = torch.ops.aten
 HARMLESS = {
     aten.empty.memory_format, aten.new_empty.default, aten.as_strided.default, aten.view.default, aten._unsafe_view.default,
-    aten.slice.Tensor, aten.transpose.int, aten.alias.default, aten.detach.default, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.t.default, aten.permute.default, aten.select.int, aten._reshape_alias.default,
+    aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.transpose.int, aten.t.default, aten.permute.default,
+    aten.select.int, aten.expand.default, aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default, aten.detach.default,
+    aten._reshape_alias.default,
 }  # fmt: skip
 """What torch may do while a chain is recorded: nothing that computes, since a replay would leave it out."""
 
@@ -32,7 +33,8 @@ RESHAPES = {aten.reshape.default, aten.contiguous.default}
 
 
 class Pool:
-    """Buffers of one thread for values between kernels. A buffer is free when only the pool holds its storage."""
+    """Buffers of one thread for values between kernels, for as long as the thread lives: recorded calls know their addresses. A buffer is
+    free when only the pool holds its storage."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -44,11 +46,6 @@ class Pool:
             return min(free, key=Tensor.numel).view(-1)
         self.buffers.append(torch.empty(floats))
         return self.buffers[-1].view(-1)
-
-    def release(self, tensor: Tensor) -> None:
-        """The tensor's memory belongs to someone else from now on."""
-        address = tensor.untyped_storage().data_ptr()
-        self.buffers = [b for b in self.buffers if b.untyped_storage().data_ptr() != address]
 
 
 def _holders(tensor: Tensor) -> int:

@@ -20,7 +20,8 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.formats import Dense, Format
 from sparsecc.formats.grid import kept_blocks
-from sparsecc.ir.ops import ACTIVATIONS
+from sparsecc.ir.ops import ACTIVATIONS, empty_output
+from sparsecc.ir.token_ops import key_mask
 from sparsecc.passes.context import Attention, Choice, Problem
 from sparsecc.runtime.between import AttentionKernel, AttentionSpec, NormKernel, NormSpec
 from sparsecc.runtime.launch import LinearKernel
@@ -45,6 +46,7 @@ class CpuTuner:
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
         self._kernels: dict[str, LinearKernel] = {}
+        self.notes: dict[str, str] = {}  # for the explanation's header
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
@@ -82,8 +84,26 @@ class CpuTuner:
         return f"cpu:{self.backend.isa.name} {spec}", AttentionKernel(self.backend, spec)
 
     def attention_pays(self, problem: Attention) -> bool:
-        """Timed against torch's scaled_dot_product_attention, as each would be called."""
-        return True
+        """Timed against torch's scaled_dot_product_attention, each on the layout it likes. Without tuning the kernel is trusted."""
+        if self.effort == "none":
+            return True
+        machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
+        key = f"{problem} {hashlib.sha256(machine.encode()).hexdigest()[:16]}"
+        found = self.cache.get(key)
+        if found is None:
+            call = AttentionCall(problem)
+            _, kernel = self.attention(problem.D, problem.masked)
+            entrant = Candidate("token-minor", 0.0, lambda: call.candidate(kernel))
+            results = contest(Candidate("dense", 1.0, call.dense), [entrant], call.reference, TOLERANCE, self.effort, self._deadline)
+            found = {"results": [vars(r) for r in results]}
+            if not any(_failed(r) for r in results):
+                self.cache.put(key, found)
+        times = {r["name"]: r["seconds"] for r in found["results"] if r["seconds"] is not None}
+        pays = len(times) == 2 and times["token-minor"] <= WINS_BY * times["dense"]
+        if len(times) == 2:
+            ours, torchs = (1e6 * times[name] for name in ("token-minor", "dense"))
+            self.notes["attention"] = f"{ours:.0f} us {'instead of' if pays else 'would replace'} torch's {torchs:.0f} us"
+        return pays
 
     def _candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
         """By name, the most promising first within each format."""
@@ -179,6 +199,32 @@ class Call:
         """float64."""
         y = self.act(F.linear(self.x.double(), self.problem.weight.double(), self.bias.double()))
         return y if self.res is None else y + self.res.double()
+
+
+class AttentionCall:
+    """The problem with made-up heads: as torch runs it, as a kernel does between packed linears, and in float64."""
+
+    def __init__(self, p: Attention) -> None:
+        random = torch.Generator().manual_seed(0)
+        make = lambda heads, tokens: torch.randn(p.B, tokens, heads, p.D, generator=random).transpose(1, 2)  # noqa: E731
+        self.q, self.k, self.v = make(p.H, p.S), make(p.G, p.Sk), make(p.G, p.Sk)
+        self.mask = torch.rand(p.B, 1, p.S, p.Sk, generator=random) < 0.9 if p.masked else None
+        self.gqa = p.H != p.G
+
+    def dense(self) -> Callable[[], Tensor]:
+        """torch's own code."""
+        return lambda: F.scaled_dot_product_attention(self.q, self.k, self.v, self.mask, enable_gqa=self.gqa)
+
+    def candidate(self, kernel: AttentionKernel) -> Callable[[], Tensor]:
+        """The kernel on token-minor heads."""
+        q, k, v = (empty_output(t, t.shape[-1], "token").copy_(t) for t in (self.q, self.k, self.v))
+        mask, scale = None if self.mask is None else key_mask(self.mask), q.shape[-1] ** -0.5
+        return lambda: kernel(q, k, v, mask, scale)
+
+    def reference(self) -> Tensor:
+        """float64."""
+        q, k, v = self.q.double(), self.k.double(), self.v.double()
+        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=self.gqa)
 
 
 def _failed(result: Result) -> bool:

@@ -1,5 +1,5 @@
 @T.prim_func(s_tir=True)
-def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("float32"), res_h: T.handle("float32"), idx0_h: T.handle("uint8"), val0_h: T.handle("float32"), M: T.int64, N: T.int64, tiles: T.int64, x_stride: T.int64, x_tile: T.int64, y_stride: T.int64, res_stride: T.int64, C0: T.int64, P0: T.int64):
+def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("float32"), res_h: T.handle("float32"), idx0_h: T.handle("uint8"), val0_h: T.handle("float32"), S: T.int64, N: T.int64, tiles: T.int64, per: T.int64, x_stride: T.int64, x_tile: T.int64, x_batch: T.int64, y_stride: T.int64, y_batch: T.int64, res_stride: T.int64, res_batch: T.int64, C0: T.int64, P0: T.int64):
     T.func_attr({"tirx.noalias": True, "global_symbol": "spmm"})
     x = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=x_h, align=4)
     y = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=y_h, align=4)
@@ -11,35 +11,42 @@ def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
     T.attr(T.int32(0), "device_type", 1)
     chunks: T.let = (N + 127) // 128
     for task in T.parallel(tiles * chunks):
-        tile_at = T.alloc_buffer((1,), "int64", scope="local")
+        tile_at = T.alloc_buffer((1,), "int64", scope="global")
         tile_at[0] = task // chunks
         tile: T.let = tile_at[0]
-        first_at = T.alloc_buffer((1,), "int64", scope="local")
+        first_at = T.alloc_buffer((1,), "int64", scope="global")
         first_at[0] = task % chunks * 128
         first: T.let = first_at[0]
-        last_at = T.alloc_buffer((1,), "int64", scope="local")
+        last_at = T.alloc_buffer((1,), "int64", scope="global")
         last_at[0] = T.min(N, first + 128)
         last: T.let = last_at[0]
-        left_at = T.alloc_buffer((1,), "int64", scope="local")
-        left_at[0] = T.min((M - tile * 4 + 3) // 4, T.int64(1))
+        batch_at = T.alloc_buffer((1,), "int64", scope="global")
+        batch_at[0] = tile // per
+        batch: T.let = batch_at[0]
+        start_at = T.alloc_buffer((1,), "int64", scope="global")
+        start_at[0] = tile % per * 4
+        start: T.let = start_at[0]
+        left_at = T.alloc_buffer((1,), "int64", scope="global")
+        left_at[0] = T.min((S - start + 3) // 4, T.int64(1))
         left: T.let = left_at[0]
-        xt: T.let = tile * x_tile
-        yt: T.let = tile * 4
+        xt: T.let = batch * x_batch + tile % per * x_tile
+        yt: T.let = batch * y_batch + start
+        rt: T.let = batch * res_batch + start
         if left == 1:
             for i in range((last - first + 0) // 1):
                 row: T.let = first + i * 1 + 0
                 parent: T.let = first // 1 + i
-                acc = T.alloc_buffer((4,), "float32", scope="local")
-                acc[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 0], 4)
+                acc0 = T.alloc_buffer((4,), "float32", scope="global")
+                acc0[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 0], 4)
                 groups0: T.let = (C0 + 3) // 4
                 for g in range(groups0):
                     block_1: T.let = (parent * groups0 + g) * 2 + 0
                     xb_2: T.let = xt + (g * 4 + T.Cast("int64", idx0[(parent * groups0 + g) * 2 + 0])) * x_stride + T.int64(0)
-                    acc[T.ramp(0, 1, 4)] = acc[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
+                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
                     block_3: T.let = (parent * groups0 + g) * 2 + 1
                     xb_4: T.let = xt + (g * 4 + T.Cast("int64", idx0[(parent * groups0 + g) * 2 + 1])) * x_stride + T.int64(0)
-                    acc[T.ramp(0, 1, 4)] = acc[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_3 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_4 + (0) * x_stride + 0, 1, 4)]
-                y[T.ramp(yt + (row + 0) * y_stride + T.int64(0) + 0, 1, 4)] = acc[T.ramp(0, 1, 4)]
+                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_3 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_4 + (0) * x_stride + 0, 1, 4)]
+                y[T.ramp(yt + (row + 0) * y_stride + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
                 for e_row in range(T.min(T.int64(1), N - row)):
                     v_5: T.let = y[T.ramp(yt + (row + e_row) * y_stride + T.int64(0) + 0, 1, 4)]
                     size_6: T.let = T.max(v_5, T.broadcast(T.float32(0.0), 4) - v_5)
@@ -50,11 +57,11 @@ def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
                     p_11: T.let = p_10 * a_7 + T.broadcast(T.float32(-0.10325379641283151), 4)
                     p_12: T.let = p_11 * a_7 + T.broadcast(T.float32(-0.63653689985929), 4)
                     p_13: T.let = p_12 * a_7 + T.broadcast(T.float32(-1.1283838141773035), 4)
-                    e_14: T.let = T.max(T.min(a_7 * p_13, T.broadcast(T.float32(89.0), 4)), T.broadcast(T.float32(-87.0), 4))
-                    n_15: T.let = T.Cast("int32x4", T.floor(e_14 * T.broadcast(T.float32(1.4426950408889634), 4) + T.broadcast(T.float32(0.5), 4)))
-                    nf_16: T.let = T.Cast("float32x4", n_15)
-                    r_17: T.let = e_14 - nf_16 * T.broadcast(T.float32(0.693359375), 4) + nf_16 * T.broadcast(T.float32(0.00021219444), 4)
-                    power_18: T.let = T.reinterpret("float32x4", T.shift_left(n_15 + T.broadcast(T.int32(127), 4), T.broadcast(T.int32(23), 4)))
+                    e_14: T.let = a_7 * p_13
+                    sum_15: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", e_14, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
+                    n_16: T.let = sum_15 - T.broadcast(T.float32(12583039.0), 4)
+                    r_17: T.let = e_14 - n_16 * T.broadcast(T.float32(0.693359375), 4) + n_16 * T.broadcast(T.float32(0.00021219444), 4)
+                    power_18: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_15), T.broadcast(T.int32(23), 4)))
                     p_19: T.let = T.broadcast(T.float32(0.0013888889225199819), 4) * r_17 + T.broadcast(T.float32(0.008333350531756878), 4)
                     p_20: T.let = p_19 * r_17 + T.broadcast(T.float32(0.04166654497385025), 4)
                     p_21: T.let = p_20 * r_17 + T.broadcast(T.float32(0.1666666716337204), 4)
@@ -62,4 +69,4 @@ def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
                     p_23: T.let = p_22 * r_17 + T.broadcast(T.float32(1.0), 4)
                     p_24: T.let = p_23 * r_17 + T.broadcast(T.float32(1.0), 4)
                     exp_25: T.let = p_24 * power_18
-                    y[T.ramp(yt + (row + e_row) * y_stride + T.int64(0) + 0, 1, 4)] = T.broadcast(T.float32(0.5), 4) * (v_5 + size_6 * (T.broadcast(T.float32(1.0), 4) - exp_25)) + res[T.ramp(yt + (row + e_row) * res_stride + T.int64(0) + 0, 1, 4)]
+                    y[T.ramp(yt + (row + e_row) * y_stride + T.int64(0) + 0, 1, 4)] = T.broadcast(T.float32(0.5), 4) * (v_5 + size_6 * (T.broadcast(T.float32(1.0), 4) - exp_25)) + res[T.ramp(rt + (row + e_row) * res_stride + T.int64(0) + 0, 1, 4)]

@@ -10,10 +10,10 @@ def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
     T.attr(T.int32(0), "device_id", 0)
     T.attr(T.int32(0), "device_type", 1)
     for task in T.parallel((N + chunk - 1) // chunk):
-        first_at = T.alloc_buffer((1,), "int64", scope="local")
+        first_at = T.alloc_buffer((1,), "int64", scope="global")
         first_at[0] = task * chunk
         first: T.let = first_at[0]
-        last_at = T.alloc_buffer((1,), "int64", scope="local")
+        last_at = T.alloc_buffer((1,), "int64", scope="global")
         last_at[0] = T.min(N, first + chunk)
         last: T.let = last_at[0]
         for n in range(last - first):
@@ -21,14 +21,14 @@ def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
         for p0 in range(P0):
             for i in range((last - first + 3) // 4):
                 parent: T.let = p0 * ((N + 3) // 4) + first // 4 + i
-                acc = T.alloc_buffer((16,), "float32", scope="local")
+                acc = T.alloc_buffer((16,), "float32", scope="global")
                 acc[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
                 acc[T.ramp(4, 1, 4)] = T.broadcast(T.float32(0), 4)
                 acc[T.ramp(8, 1, 4)] = T.broadcast(T.float32(0), 4)
                 acc[T.ramp(12, 1, 4)] = T.broadcast(T.float32(0), 4)
                 words0: T.let = (C0 + 15) // 16
-                at0 = T.alloc_buffer((1,), "int64", scope="local")
-                mask0 = T.alloc_buffer((1,), "int32", scope="local")
+                at0 = T.alloc_buffer((1,), "int64", scope="global")
+                mask0 = T.alloc_buffer((1,), "int32", scope="global")
                 at0[0] = T.Cast("int64", ptr0[parent])
                 for word in range(words0):
                     mask0[0] = T.Cast("int32", bits0[parent * words0 + word])

@@ -10,17 +10,17 @@ def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
     T.attr(T.int32(0), "device_id", 0)
     T.attr(T.int32(0), "device_type", 1)
     for task in T.parallel((N + chunk - 1) // chunk):
-        first_at = T.alloc_buffer((1,), "int64", scope="local")
+        first_at = T.alloc_buffer((1,), "int64", scope="global")
         first_at[0] = task * chunk
         first: T.let = first_at[0]
-        last_at = T.alloc_buffer((1,), "int64", scope="local")
+        last_at = T.alloc_buffer((1,), "int64", scope="global")
         last_at[0] = T.min(N, first + chunk)
         last: T.let = last_at[0]
         for n in range(last - first):
             y[first + n] = bias[first + n]
         for i in range((last - first + 0) // 1):
             parent: T.let = first // 1 + i
-            acc = T.alloc_buffer((4,), "float32", scope="local")
+            acc = T.alloc_buffer((4,), "float32", scope="global")
             acc[0] = T.float32(0)
             acc[1] = T.float32(0)
             acc[2] = T.float32(0)
@@ -53,10 +53,10 @@ def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
         for out in range(last - first):
             v_11: T.let = y[first + out]
             e_12: T.let = T.max(T.min(T.float32(0.0) - v_11, T.float32(89.0)), T.float32(-87.0))
-            n_13: T.let = T.Cast("int32", T.floor(e_12 * T.float32(1.4426950408889634) + T.float32(0.5)))
-            nf_14: T.let = T.Cast("float32", n_13)
-            r_15: T.let = e_12 - nf_14 * T.float32(0.693359375) + nf_14 * T.float32(0.00021219444)
-            power_16: T.let = T.reinterpret("float32", T.shift_left(n_13 + T.int32(127), T.int32(23)))
+            sum_13: T.let = T.call_llvm_pure_intrin("float32", "llvm.fmuladd", e_12, T.float32(1.4426950408889634), T.float32(12583039.0))
+            n_14: T.let = sum_13 - T.float32(12583039.0)
+            r_15: T.let = e_12 - n_14 * T.float32(0.693359375) + n_14 * T.float32(0.00021219444)
+            power_16: T.let = T.reinterpret("float32", T.shift_left(T.reinterpret("int32", sum_13), T.int32(23)))
             p_17: T.let = T.float32(0.0013888889225199819) * r_15 + T.float32(0.008333350531756878)
             p_18: T.let = p_17 * r_15 + T.float32(0.04166654497385025)
             p_19: T.let = p_18 * r_15 + T.float32(0.1666666716337204)

@@ -27,9 +27,10 @@ def test_fake_has_the_real_strides(lead: tuple[int, ...], layout: str) -> None:
     assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
-def test_token_layout_is_padded_to_sixteen() -> None:
-    y = LINEAR(torch.randn(3, 7, 8), [torch.randn(12, 8)], None, None, "f32[12, 8]", "", "token", "")
-    assert y.stride() == (7, 1, 32)
+@pytest.mark.parametrize(("tokens", "row"), [(1, 48), (7, 48), (32, 48), (33, 80), (128, 144)])
+def test_token_layout_is_an_odd_number_of_lines_per_feature(tokens: int, row: int) -> None:
+    y = LINEAR(torch.randn(3, tokens, 8), [torch.randn(12, 8)], None, None, "f32[12, 8]", "", "token", "")
+    assert y.stride() == (12 * row, 1, row) and y.untyped_storage().nbytes() == 4 * 3 * 12 * row
 
 
 def test_sum_of_terms_in_formats() -> None:

@@ -40,7 +40,7 @@ def attention_source(spec: AttentionSpec, vectors: int, lanes: int) -> str:
     """f(q, k, v, y, scale [1], [mask,] *INTS)."""
     w = Writer()
     width = vectors * lanes
-    pointers = dict.fromkeys(("q", "k", "v", "y", "scale", *(("mask",) if spec.masked else ())), "float32")
+    pointers: dict[str, str] = dict.fromkeys(["q", "k", "v", "y", "scale", *(["mask"] if spec.masked else [])], "float32")
     with w.function("attention", pointers, INTS):
         with w.block("for task in T.parallel(tasks):"):
             w.opaque("batch", "task // per // heads")
