@@ -11,6 +11,7 @@ import operator
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparsecc.ir import ops, token_ops
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
-from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR
+from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
 from sparsecc.ir.program import Program, get_attr, make_module
 from sparsecc.ir.token_ops import ATTENTION, NORM
 from sparsecc.runtime.record import Pool, Recorder, Replay
@@ -44,8 +45,8 @@ _LOCAL = threading.local()
 class Chain:
     """A graph of kernels and views, called with its tensors and the symbolic sizes that its views need."""
 
-    def __init__(self, gm: fx.GraphModule, key: str) -> None:
-        self.gm, self.key = gm, key
+    def __init__(self, gm: fx.GraphModule, key: str, results: Sequence[Result] | None) -> None:
+        self.gm, self.key, self.results = gm, key, results
         CHAINS[key] = self
 
     def __call__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -66,6 +67,32 @@ class Chain:
     def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any]) -> list[Tensor]:
         """Node by node."""
         return list(_Run(self.gm).run(*tensors, *sizes, enable_io_processing=False))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a chain gives, without running it: sizes are integers or (tensor, dimension) of an argument."""
+
+    dtype: torch.dtype
+    layout: str
+    sizes: tuple[int | tuple[int, int], ...]
+
+    @staticmethod
+    def of(node: fx.Node, tensors: Sequence[fx.Node]) -> Result | None:
+        """None if a size is no argument's."""
+        value, known = value_of(node), {}
+        for t, tensor in enumerate(tensors):
+            for d, size in enumerate(getattr(value_of(tensor), "shape", ())):
+                known.setdefault(str(size), (t, d))
+        sizes = [size if isinstance(size, int) else known.get(str(size)) for size in getattr(value, "shape", (None,))]
+        layout = node.args[6] if node.target is LINEAR else node.args[5] if node.target is NORM else "token"
+        return None if None in sizes else Result(value.dtype, str(layout), tuple(sizes))  # type: ignore[arg-type]
+
+    def fake(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Shape, dtype and strides."""
+        shape = [size if isinstance(size, int) else tensors[size[0]].shape[size[1]] for size in self.sizes]
+        like = tensors[0].new_empty((), dtype=self.dtype).expand(*shape[:-1], 1)
+        return empty_output(like, shape[-1], self.layout)
 
 
 class _Run(fx.Interpreter):
@@ -106,7 +133,10 @@ def _chain(tensors: list[Tensor], sizes: list[int], key: str) -> list[Tensor]:
 
 
 def _chain_fake(tensors: list[Tensor], sizes: list[int], key: str) -> list[Tensor]:
-    return CHAINS[key].run(tensors, sizes)
+    chain = CHAINS[key]
+    if chain.results is not None:  # running dozens of ops on symbolic sizes takes seconds
+        return [result.fake(tensors) for result in chain.results]
+    return chain.run(tensors, sizes)
 
 
 LIBRARY.define(
@@ -188,7 +218,8 @@ def _link(program: Program, nodes: list[fx.Node]) -> Chain:
     graph.output(tuple(values[node] for node in results))
     gm = make_module({str(node.target): get_attr(program.gm, str(node.target)) for node in fixed}, graph)
     text = hashlib.sha256("\n".join(n.format_node() or "" for n in graph.nodes).encode()).hexdigest()[:16]
-    chain = Chain(gm, f"{next(_COUNT)}:{text}")
+    known = [Result.of(node, tensors) for node in results]
+    chain = Chain(gm, f"{next(_COUNT)}:{text}", None if None in known else known)  # type: ignore[arg-type]
     with program.graph.inserting_after(nodes[-1]):
         call = program.graph.call_function(CHAIN, (tensors, sizes, chain.key))
     for i, node in reversed(list(enumerate(results))):
