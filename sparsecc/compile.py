@@ -21,6 +21,7 @@ from sparsecc.explain import Explanation
 from sparsecc.ir.ops import KERNELS
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import print_program
+from sparsecc.ir.token_ops import DIALECT
 from sparsecc.passes import PIPELINE
 from sparsecc.passes.context import Context
 from sparsecc.passes.manager import History, run_passes
@@ -156,10 +157,11 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
         context = Context(options.spec, tuner)
         history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
     if dumper is not None:
-        for view in history.program.linears():
-            source = getattr(KERNELS.get(view.kernel), "source", None)
+        for node in history.program.graph.nodes:
+            key = node.args[-1] if node.args and node.target in DIALECT else None
+            source = getattr(KERNELS.get(str(key)), "source", None)
             if source is not None:
-                dumper.kernel(view.kernel, source(tokens_of(view.x)))
+                dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
         dumper.weights(history.program, "lowered.safetensors")
     notes = {} if tuner is None else tuner.notes
     return Built(finish(history.program, options.remainder), history, explanation(history, options, notes))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecc.ir.ops import KERNELS, LIBRARY, empty_output, token_row
+from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output, token_row
 
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
@@ -83,3 +83,6 @@ NORM = torch.ops.sparsecc.norm.default
 ATTENTION = torch.ops.sparsecc.attention.default
 KEY_MASK = torch.ops.sparsecc.key_mask.default
 """The overloads that stand in graphs."""
+
+DIALECT = (LINEAR, NORM, ATTENTION)
+"""Ops that kernels run; the kernel's key is their last argument."""

@@ -11,6 +11,7 @@ from torch import fx
 from sparsecc.errors import SparseccError, VerifyError
 from sparsecc.ir.ops import ACTIVATIONS, LAYOUTS, LINEAR
 from sparsecc.ir.program import LinearView, Program, get_attr
+from sparsecc.ir.token_ops import ATTENTION, NORM
 from sparsecc.ir.types import TensorType, type_of
 
 
@@ -21,18 +22,20 @@ class Stage:
     dialect: bool = True
     formats: bool = True
     layouts: tuple[str, ...] = LAYOUTS
+    between: bool = True
+    """Whether norms and attention may be the dialect's."""
     kernels: bool | None = None
     """True: every linear has one. False: none has. None: either."""
 
 
-_GRAPH = Stage(formats=False, layouts=("row",), kernels=False)
+_GRAPH = Stage(formats=False, layouts=("row",), between=False, kernels=False)
 STAGES: dict[str, Stage] = {
-    "capture": Stage(dialect=False),
+    "capture": Stage(dialect=False, between=False),
     "canonicalize": _GRAPH,
     "select": _GRAPH,
     "propagate": _GRAPH,
     "fuse": _GRAPH,
-    "pack": Stage(layouts=("row",), kernels=False),
+    "pack": Stage(layouts=("row",), between=False, kernels=False),
     "layout": Stage(kernels=False),
     "lower": Stage(kernels=True),
 }
@@ -59,6 +62,12 @@ def verify(program: Program, stage: str | None = None, patterns: bool = False) -
             problem = _stage_problem(node, STAGES.get(stage, ANYTHING)) or _problem(program, node, patterns)
             if problem:
                 raise VerifyError(f"after {stage}: {node.name}: {problem}")
+        if node.op == "call_function" and node.target in (NORM, ATTENTION):
+            rule = STAGES.get(stage, ANYTHING)
+            if not rule.between:
+                raise VerifyError(f"after {stage}: {node.name}: {node.target} is made by layout")
+            if rule.kernels is not None and bool(node.args[-1]) != rule.kernels:
+                raise VerifyError(f"after {stage}: {node.name}: {'has no kernel' if rule.kernels else 'has a kernel before lower'}")
 
 
 def _require_attr(program: Program, node: fx.Node, stage: str) -> None:

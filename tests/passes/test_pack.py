@@ -76,9 +76,9 @@ def test_problems_are_complete() -> None:
     tuner = FakeTuner()
     program = packed(tuner)
     up, down = tuner.problems
-    assert (up.name, up.tokens, up.epilogue, up.residual) == ("up", 3 * 7, "gelu", False)  # a free size is hinted 7
+    assert (up.name, up.tokens, up.epilogue, up.residual) == ("up", 3 * 113, "gelu", False)  # a free size is hinted 113
     assert (down.name, down.epilogue, down.residual) == ("down", "", True)
-    assert tokens_of(next(program.linears()).x) == 21
+    assert tokens_of(next(program.linears()).x) == 3 * 113
 
 
 def test_the_choice_is_noted() -> None:
@@ -90,7 +90,7 @@ def test_the_choice_is_noted() -> None:
     notes = program.region(down.node)
     assert (notes.format, notes.choice, notes.bytes) == ("nm(2, 4)", "nm(2, 4) cpu(vectors=2)", 6 * 4 * 5)
     assert notes.times == {"dense": pytest.approx(4.0)}
-    assert notes.more["measured_us"] == pytest.approx(2.0) and notes.more["m"] == 21 and notes.more["break_even"] == 0.4
+    assert notes.more["measured_us"] == pytest.approx(2.0) and notes.more["m"] == 3 * 113 and notes.more["break_even"] == 0.4
     assert notes.more["config"] == "cpu(vectors=2)" and notes.more["dense_bytes"] == 6 * 8 * 4
 
 

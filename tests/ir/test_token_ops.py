@@ -1,0 +1,56 @@
+"""Norm, attention and masks of the dialect: dense meaning, strides, stages."""
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsecc.errors import VerifyError
+from sparsecc.ir.infer import infer
+from sparsecc.ir.ops import empty_output
+from sparsecc.ir.text import parse_program
+from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
+from sparsecc.ir.verify import verify
+
+
+@pytest.mark.parametrize("layout", ["row", "token"])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm(kind: str, layout: str) -> None:
+    x, weight, bias = torch.randn(2, 20, 8), torch.randn(8), torch.randn(8)
+    y = NORM(x, weight, bias if kind == "layer" else None, 1e-5, kind, layout, "")
+    want = F.layer_norm(x, (8,), weight, bias, 1e-5) if kind == "layer" else F.rms_norm(x, (8,), weight, 1e-5)
+    torch.testing.assert_close(y, want)
+    assert y.stride() == empty_output(x, 8, layout).stride()
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "two dimensions", "expanded"])
+def test_attention(mask: str) -> None:
+    q, k, v = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8), torch.randn(2, 2, 30, 8)
+    seen = torch.rand(2, 1, 20, 30) < 0.6
+    seen[0, 0, 3] = False
+    masks = {"none": None, "bool": seen, "float": torch.randn(2, 4, 20, 30), "two dimensions": seen[1, 0]}
+    masks["expanded"] = seen[:1].expand(2, 4, -1, -1)
+    given = masks[mask]
+    y = ATTENTION(q, k, v, None if given is None else KEY_MASK(given), 0.3, "")
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, given, scale=0.3, enable_gqa=True))
+    assert y.stride() == empty_output(q, 8, "token").stride()
+    if mask == "expanded":
+        assert KEY_MASK(given).shape == (1, 1, 30, 20), "a broadcast mask is stored once"
+
+
+WRONG = [("pack", "", "made by layout"), ("layout", "k", "before lower"), ("lower", "", "no kernel")]
+
+
+@pytest.mark.parametrize(("stage", "kernel", "message"), WRONG)
+def test_stages(stage: str, kernel: str, message: str) -> None:
+    text = f'''\
+# sparsecc program, stage: {stage}
+def program(x: "f32[4, 8]"):
+    w: "f32[8]" = const("w")
+    y = sparsecc.norm(x, w, w, 1e-05, "layer", "row", "{kernel}")
+    return (y,)
+'''
+    program = parse_program(text)
+    infer(program)
+    with pytest.raises(VerifyError, match=message):
+        verify(program)
