@@ -30,8 +30,9 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.formats import Format, parse_format
 from sparsecc.formats.level import NM
-from sparsecc.runtime import launch
+from sparsecc.ir.ops import empty_output
 from sparsecc.runtime.launch import LinearKernel
+from sparsecc.runtime.record import Pool, Recorder
 
 FORMATS = ("bsr(4, 1)", "bsr(8, 1)", "bsr(16, 1)", "csr", "nm(2, 4)", "bitmap", "bsr(16, 16)")
 SAMPLE = 400e-6
@@ -57,26 +58,12 @@ class Job:
     rounds: int = 9
 
 
-class Recorder:
-    """Stands for a kernel's code, and keeps the arguments and scratch of its last call so that this step can be run by itself."""
-
-    def __init__(self, code: Callable[..., Any]) -> None:
-        self.code = code
-        self.step: Callable[[], Any] = lambda: None
-
-    def __call__(self, *args: Any) -> None:
-        code, scratch = self.code, getattr(launch._LOCAL, "scratch", None)
-        self.step = lambda keep=scratch: code(*args)
-        code(*args)
-
-
-def record(kernel: LinearKernel, call: Callable[[], Tensor]) -> Callable[[], Any]:
-    """The step between packing and unpacking of `call`, with its result kept alive."""
-    regime, recorder = next((name, Recorder(code)) for name, code in kernel._code.items())
-    kernel._code[regime] = recorder
-    result = call()
-    kernel._code[regime] = recorder.code
-    return lambda step=recorder.step, keep=result: step()
+def record(call: Callable[[], Tensor]) -> Callable[[], Any]:
+    """The last kernel of `call`: the product, after packing. Its buffers and result stay alive with it."""
+    with Recorder(Pool()) as recorder:
+        result = call()
+    code, args = recorder.calls[-1]
+    return lambda keep=(recorder.pool, result): code(*args)
 
 
 def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int) -> dict[str, dict[str, float]]:
@@ -162,9 +149,7 @@ def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: 
     fns = functions(LinearKernel(backend, spec, best, (N, K)).prepare(tokens), x, sets, weight)
     if tokens > 1:
         across = LinearKernel(backend, KernelSpec(**{**vars(spec), "layout": "token"}), best, (N, K)).prepare(tokens)
-        buffer = torch.zeros(K, -(-tokens // launch.TOKENS) * launch.TOKENS)
-        buffer[:, :tokens] = x.t()
-        fns["inplace"] = functions(across, buffer.t()[:tokens], sets, weight)["call"]
+        fns["inplace"] = functions(across, empty_output(x, K, "token").copy_(x), sets, weight)["call"]
     result: dict[str, Any] = {"config": to_text(best), "bytes": nbytes, "limit": limit.rate(50 * SAMPLE), "copies": len(sets)}
     return result | paired(fns, work, limit, job.seconds, job.rounds)
 
@@ -177,7 +162,7 @@ def functions(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight:
     wrong = float((calls[0]()[:, some] - wanted).abs().max() / wanted.abs().max())
     if not wrong < TOLERANCE:
         raise ValueError(f"{kernel.spec} {kernel.config} is wrong by {wrong:.2g} of the largest output")
-    return {"step": _in_turn([record(kernel, call) for call in calls]), "call": _in_turn(calls)}
+    return {"step": _in_turn([record(call) for call in calls]), "call": _in_turn(calls)}
 
 
 def _in_turn(fns: list[Callable[[], Any]]) -> Callable[[], Any]:
