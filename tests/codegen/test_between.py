@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsecc.codegen.tvm.attention import AttentionSpec
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.norm import NormSpec
+from sparsecc.errors import TargetError
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import key_mask
 from sparsecc.runtime.between import AttentionKernel, NormKernel
@@ -91,3 +92,17 @@ def test_no_tokens_and_no_keys() -> None:
     q, none = torch.randn(1, 1, 4, 32), torch.randn(1, 1, 0, 32)
     assert kernel(none, q, q, None, 1.0).shape == (1, 1, 0, 32)
     assert not kernel(q, none, none, None, 1.0).any()
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_narrower_vectors(isa: str) -> None:
+    try:
+        backend = TvmBackend.of(isa)
+    except TargetError as error:
+        pytest.skip(str(error))
+    x, weight = torch.randn(3, 50, 33), torch.randn(33)
+    y = NormKernel(backend, NormSpec("layer", "row"))(x, weight, weight, 1e-5)
+    close(y, F.layer_norm(x.double(), (33,), weight.double(), weight.double()))
+    q, k, v = torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.4)
+    close(AttentionKernel(backend, AttentionSpec(8))(q, k, v, None, 0.4), want)
