@@ -45,8 +45,12 @@ class Layout:
         return {}
 
     def run(self, program: Program, context: Any = None) -> None:
-        plan = _Plan.of(program, context if isinstance(context, Context) else Context())
+        plan = _Plan.of(program)
         plan.settle()
+        slower = {node for node in plan.attentions if not _attention_pays(node, context)}
+        if slower:
+            plan.drop(slower)
+            plan.settle()
         masks: dict[fx.Node, fx.Node] = {}
         for node in plan.linears & plan.token:
             LinearView(node).replace(layout="token")
@@ -68,14 +72,14 @@ class _Plan:
     token: set[fx.Node] = field(default_factory=set)
 
     @staticmethod
-    def of(program: Program, context: Context) -> _Plan:
+    def of(program: Program) -> _Plan:
         """Everything that could be token-minor."""
         packed = {view.node for view in program.linears() if all(term.format is not None for term in view.terms)}
         plan = _Plan({node for node in packed if _has_tokens(LinearView(node).x)})
         for node in program.graph.nodes:
             if node.target is LAYER_NORM and _norm_fits(program, node):
                 plan.norms.add(node)
-            elif node.target is SDPA and (views := _heads(node, packed)) and _attention_pays(node, context):
+            elif node.target is SDPA and _attention_fits(node) and (views := _heads(node, packed)):
                 plan.attentions.add(node)
                 plan.views |= views
         plan.token = plan.linears | plan.norms | plan.attentions
@@ -93,8 +97,12 @@ class _Plan:
                     changed = True
             gone = {n for n in self.norms if n.args[0] not in self.token} | {n for n in self.attentions if not self._attends(n)}
             if gone:
-                self.norms, self.attentions, self.token = self.norms - gone, self.attentions - gone, self.token - gone
+                self.drop(gone)
                 changed = True
+
+    def drop(self, nodes: set[fx.Node]) -> None:
+        """These stay torch's."""
+        self.norms, self.attentions, self.token = self.norms - nodes, self.attentions - nodes, self.token - nodes
 
     def _uses(self, value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         """(value or view of it, user) behind the views."""
@@ -140,7 +148,11 @@ def _norm_fits(program: Program, node: fx.Node) -> bool:
     args = [*node.args, None, None, None][:4]
     value = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
     fits = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and len(args[1] or ()) == 1  # type: ignore[arg-type]
-    return fits and all(isinstance(a, fx.Node) and program.is_const(a) for a in args[2:4])
+    return fits and all(isinstance(a, fx.Node) and program.is_const(a) and _plain(program.const(a)) for a in args[2:4])
+
+
+def _plain(vector: torch.Tensor) -> bool:
+    return vector.dtype == torch.float32 and vector.is_contiguous()
 
 
 def _heads(node: fx.Node, packed: set[fx.Node]) -> set[fx.Node]:
@@ -210,17 +222,27 @@ def _shape(node: Any) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def _attention_pays(node: fx.Node, context: Context) -> bool:
-    """Whether the target's kernel was the faster one; without a target the dense meaning serves either way."""
+def _attention_fits(node: fx.Node) -> bool:
+    """float32 heads that nobody writes to, and a mask, if any, for every query and key: a broadcast one stays torch's."""
     q, k = (value_of(arg) for arg in node.all_input_nodes[:2])
     if q.dtype != torch.float32 or any(_writes(arg) for arg in node.all_input_nodes[:3]):
         return False
-    if context.tuner is None:
+    mask = _mask(node)
+    return mask is None or [str(size) for size in _shape(mask)[-2:]] == [str(q.shape[2]), str(k.shape[2])]
+
+
+def _mask(node: fx.Node) -> Any:
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def _attention_pays(node: fx.Node, context: Any) -> bool:
+    """Whether the target's kernel was the faster one; without a target the dense meaning serves either way."""
+    if not isinstance(context, Context) or context.tuner is None:
         return True
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    q, k = (value_of(arg) for arg in node.all_input_nodes[:2])
     hint = lambda size, other: size if isinstance(size, int) else (size.node.hint or other)  # noqa: E731
     B, H, S, D = (hint(size, 128) for size in q.shape)
-    return context.tuner.attention_pays(Attention(B, H, hint(k.shape[1], H), S, hint(k.shape[2], S), D, mask is not None))
+    return context.tuner.attention_pays(Attention(B, H, hint(k.shape[1], H), S, hint(k.shape[2], S), D, _mask(node) is not None))
 
 
 def _writes(node: fx.Node) -> bool:
@@ -238,7 +260,7 @@ def _replace_norm(program: Program, node: fx.Node, layout: str) -> None:
 def _replace_attention(program: Program, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> None:
     """One key_mask per mask serves all layers."""
     q, k, v = node.args[:3]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask = _mask(node)
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = 1 / math.sqrt(int(_shape(q)[-1]))

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.norm import NormSpec, norm_source
+from sparsecc.errors import ShapeError
 from sparsecc.ir.ops import TOKEN_TILE
 from sparsecc.runtime.record import call, empty
 from sparsecc.runtime.tokens import Tokens, token_minor, token_output
@@ -76,6 +77,8 @@ class AttentionKernel:
         number = _number(scale)
         addresses = [*(c_void_p(p.data_ptr()) for p in pointers), number]
         if mask is not None:
+            if mask.shape[2:] != (k.shape[2], S):
+                raise ShapeError(f"attention: the mask is {list(mask.shape)}, wanted keys x queries {[k.shape[2], S]} last: see key_mask")
             addresses.append(c_void_p(mask.data_ptr()))
             mask_strides = (mask.stride(2), mask.stride(1) if mask.shape[1] > 1 else 0, mask.stride(0) if mask.shape[0] > 1 else 0)
         per = -(-S // (VECTORS * self.backend.isa.lanes))

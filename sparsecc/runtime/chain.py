@@ -51,7 +51,7 @@ class Chain:
 
     def __call__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         plans = _plans(self)
-        key = (*sizes, *((t.shape, t.stride(), t.data_ptr() % 64, t.storage_offset(), t.untyped_storage().nbytes()) for t in tensors))
+        key = _key(tensors, sizes)
         plan = plans.get(key)
         if plan is not None:
             return plan(tensors)
@@ -110,6 +110,17 @@ class _Run(fx.Interpreter):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if self.fake else value
 
 
+def _key(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Any, ...]:
+    """What decides how kernels are called: shapes, strides, place in memory, and which arguments share theirs."""
+    storages = [t.untyped_storage() for t in tensors]
+    starts = [storage.data_ptr() for storage in storages]
+    facts = (
+        (t.dtype, t.shape, t.stride(), t.data_ptr() % 64, t.storage_offset(), storage.nbytes(), starts.index(start))
+        for t, storage, start in zip(tensors, storages, starts, strict=True)
+    )
+    return (*sizes, *facts)
+
+
 def _own(output: Tensor) -> Tensor:
     """A copy with the same strides: the pool's memory will be written to again."""
     size = output.untyped_storage().nbytes() // output.itemsize
@@ -121,6 +132,8 @@ def _plans(chain: Chain) -> dict[Any, Replay]:
     by_chain = _LOCAL.__dict__.setdefault("plans", {})
     for key in [key for key in by_chain if key not in CHAINS]:
         del by_chain[key]
+        if not by_chain:
+            _LOCAL.pool = Pool()  # no recorded call is left that knows its addresses
     return by_chain.setdefault(chain.key, {})
 
 

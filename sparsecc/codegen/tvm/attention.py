@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsecc.codegen.tvm.activation import write_exp
+from sparsecc.codegen.tvm.tiles import write_parts
 from sparsecc.codegen.tvm.writer import Writer, constant, splat, vec
 
 INTS = ("S", "Sk", "heads", "group", "tasks", "per", "q_stride", "q_head", "q_batch", "k_stride", "k_head", "k_batch",
@@ -50,13 +51,9 @@ def attention_source(spec: AttentionSpec, vectors: int, lanes: int) -> str:
             w.opaque("shared", "head // group")
             w.opaque("kt", "batch * k_batch + shared * k_head")
             w.opaque("vt", "batch * v_batch + shared * v_head")
-            part = vectors
-            while part:  # as in spmm: the last tile's vectors are the sum of smaller powers of two
-                test = f"left == {part}" if part == vectors else f"(left < {vectors}) and (T.bitwise_and(left, T.int64({part})) != 0)"
-                with w.block(f"if {test}:"):
-                    w.opaque("offset", "0" if part == vectors else f"left // {2 * part} * {2 * part * lanes}")
-                    _Tile(w, spec, part, lanes).write()
-                part //= 2
+            for part, offset in write_parts(w, vectors, lanes):
+                w.opaque("offset", offset)
+                _Tile(w, spec, part, lanes).write()
     return w.text
 
 

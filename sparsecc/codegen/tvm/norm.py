@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsecc.codegen.tvm.tiles import write_rows
+from sparsecc.codegen.tvm.tiles import write_parts, write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 
 INTS = ("S", "N", "tiles", "per", "x_stride", "x_batch", "y_stride", "y_batch")
@@ -38,13 +38,9 @@ def norm_source(spec: NormSpec, vectors: int, lanes: int) -> str:
             w.opaque("batch", "task // per")
             w.opaque("start", f"task % per * {width}")
             w.opaque("left", f"T.min((S - start + {lanes - 1}) // {lanes}, T.int64({vectors}))")
-            part = vectors
-            while part:  # as in spmm: the last tile's vectors are the sum of smaller powers of two
-                test = f"left == {part}" if part == vectors else f"(left < {vectors}) and (T.bitwise_and(left, T.int64({part})) != 0)"
-                with w.block(f"if {test}:"):
-                    w.opaque("offset", "0" if part == vectors else f"left // {2 * part} * {2 * part * lanes}")
-                    _write_tile(w, spec, part, lanes)
-                part //= 2
+            for part, offset in write_parts(w, vectors, lanes):
+                w.opaque("offset", offset)
+                _write_tile(w, spec, part, lanes)
     return w.text
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.entries import pointers, value, write_entries
-from sparsecc.codegen.tvm.tiles import write_rows
+from sparsecc.codegen.tvm.tiles import write_parts, write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
 
@@ -74,17 +74,10 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: 
                     w("rt: T.let = batch * res_batch + start")
             if by_rows:
                 w(f'out = T.alloc_buffer(({chunk * width},), "float32", scope="global")')
-            part = vectors
-            while part:  # the last tile may be narrower: its vectors are the sum of smaller powers of two
-                test = f"left == {part}" if part == vectors else f"T.bitwise_and(left, T.int64({part})) != 0"
-                if part < vectors:
-                    test = f"(left < {vectors}) and ({test})"
-                with w.block(f"if {test}:"):
-                    offset = "T.int64(0)" if part == vectors else w.let("offset", f"left // {2 * part} * {2 * part * lanes}")
-                    tile = Tile(lanes, part, offset, buffer, row_at)
-                    for t in range(len(spec.formats)):
-                        _write_term(w, spec, t, tile, unroll, registers)
-                part //= 2
+            for part, offset in write_parts(w, vectors, lanes):
+                tile = Tile(lanes, part, offset, buffer, row_at)
+                for t in range(len(spec.formats)):
+                    _write_term(w, spec, t, tile, unroll, registers)
             if by_rows:
                 with w.block("for slab in range(left):"):
                     write_rows(w, lanes, spec.residual, f"start + slab * {lanes}", f"slab * {lanes}", width)

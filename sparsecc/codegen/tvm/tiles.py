@@ -8,6 +8,8 @@ Tokens up to the next full vector are zero in what the first two write.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sparsecc.codegen.tvm.writer import Writer, vec
 
 BLOCK = 128  # features per task: a task's tile of 128 x 16 floats is 8 KiB
@@ -45,6 +47,19 @@ def pack_tokens_source(lanes: int) -> str:
             w("k: T.let = whole + kr")
             w("y[to + k * y_stride + i] = T.if_then_else((s + i < S) and (k < K), x[at + k * x_stride + s + i], T.float32(0))")
     return w.text
+
+
+def write_parts(w: Writer, vectors: int, lanes: int) -> Iterator[tuple[int, str]]:
+    """Yields (vectors, their offset in the tile) inside a branch for each: all of a whole tile's `vectors`, or, in a sequence's last tile
+    with `left` of them, powers of two that add up to those."""
+    part = vectors
+    while part:
+        test = f"left == {part}" if part == vectors else f"T.bitwise_and(left, T.int64({part})) != 0"
+        if part < vectors:
+            test = f"(left < {vectors}) and ({test})"
+        with w.block(f"if {test}:"):
+            yield part, "T.int64(0)" if part == vectors else w.let("offset", f"left // {2 * part} * {2 * part * lanes}")
+        part //= 2
 
 
 def write_rows(w: Writer, lanes: int, residual: bool, token: str, offset: str, width: int) -> None:
