@@ -26,6 +26,7 @@ OVERHEAD = 5e-6
 EFFICIENCY: dict[tuple[str, int], float] = {
     ("dense", 1): 0.70,  # the vendor's kernel on a layer's shape, against the large square product that Machine.flops is
     ("csr", 1): 0.50,  # one load per FMA, and an index per weight
+    ("sell", 1): 0.55,  # csr, with x in the first-level cache
     ("csr", 4): 0.95,  # one load feeds the 4 rows of a block, weights are broadcast for free
     ("csr", 8): 0.95,  # as 4 rows; more of them only save index bytes
     ("csr", 32): 0.80,  # more accumulators than registers: a block is walked in parts

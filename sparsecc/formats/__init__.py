@@ -2,7 +2,7 @@
 
 from .codec import Codec, Raw
 from .format import Format, parse_format
-from .level import Arrays, Bitmap, Compressed, Dense, Level
+from .level import Arrays, Bitmap, Compressed, Dense, Level, Sell
 from .measure import CANDIDATE_BLOCKS, BlockMeasure, Measurement, detect, measure
 from .pattern import (
     ANY,
@@ -43,6 +43,7 @@ __all__ = [
     "Pattern",
     "Raw",
     "Rows",
+    "Sell",
     "Swizzle",
     "Unstructured",
     "block",

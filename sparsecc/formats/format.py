@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsecc.errors import FormatError, ShapeError
 
 from .codec import Codec, Raw
-from .level import NM, Arrays, Bitmap, Compressed, Dense, Level, Size, ceil_div
+from .level import NM, Arrays, Bitmap, Compressed, Dense, Level, Sell, Size, ceil_div
 from .swizzle import Identity, Panels, Swizzle
 from .text import Reader
 
@@ -29,6 +29,7 @@ class Format:
     """dense                                       every entry
     csr                                         the nonzeros
     bsr(4, 1).bf16.panels(128)                  4x1 blocks, values in bf16, in strips of 128 block columns
+    sell(4, 64).panels(128)                     the nonzeros, sorted by row length, in strips of 128 columns
     nm(2, 4)                                    2 of every 4
     bitmap.block(1, 16)                         one bit per 1x16 block
     """
@@ -59,7 +60,12 @@ class Format:
 
     def grid(self, N: Size, K: Size) -> tuple[Size, Size]:
         """(P, C): parents and coordinates per parent that the level sees."""
-        return self.swizzle.grid(ceil_div(N, self.block[0]), ceil_div(K, self.block[1]))
+        return self.swizzle.grid(self.block_rows(N), ceil_div(K, self.block[1]))
+
+    def block_rows(self, N: Size) -> Size:
+        """Rows of blocks, the level's windows filled up with empty ones."""
+        window = self.level.window
+        return ceil_div(N, self.block[0] * window) * window
 
     def dtypes(self, N: Size, K: Size) -> dict[str, torch.dtype]:
         """The dtype of each component for a weight [N, K]."""
@@ -83,7 +89,7 @@ class Format:
     def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """The inverse of `pack`: f32[N, K]."""
         N, K = shape
-        Nb, Kb = ceil_div(N, self.block[0]), ceil_div(K, self.block[1])
+        Nb, Kb = self.block_rows(N), ceil_div(K, self.block[1])
         slots = self.level.unpack(arrays, *self.swizzle.grid(Nb, Kb))
         row, col, real = self._locate(slots, Nb, Kb)
         blocks = torch.zeros(Nb, Kb, *self.block)
@@ -91,7 +97,8 @@ class Format:
         return blocks.transpose(1, 2).reshape(Nb * self.block[0], Kb * self.block[1])[:N, :K].contiguous()
 
     def nbytes(self, N: Size, K: Size, nnz_blocks: Size) -> Size:
-        """Bytes of all arrays when `nnz_blocks` blocks are kept; integers or sympy expressions."""
+        """Bytes of all arrays when `nnz_blocks` blocks are kept, without padding that depends on where those are; integers or sympy
+        expressions."""
         P, C = self.grid(N, K)
         S = self.level.slots(P, C, nnz_blocks)
         return self.level.nbytes(P, C, S) + self.codec.nbytes(S * self.block[0] * self.block[1])
@@ -104,8 +111,8 @@ class Format:
     def _blocks(self, w: Tensor) -> Tensor:
         """[N, K] -> [Nb, Kb, br, bc], padded with zeros."""
         (N, K), (br, bc) = w.shape, self.block
-        Nb, Kb = ceil_div(N, br), ceil_div(K, bc)
-        return F.pad(w, (0, -K % bc, 0, -N % br)).view(Nb, br, Kb, bc).transpose(1, 2)
+        Nb, Kb = self.block_rows(N), ceil_div(K, bc)
+        return F.pad(w, (0, -K % bc, 0, Nb * br - N)).view(Nb, br, Kb, bc).transpose(1, 2)
 
     def _locate(self, slots: Tensor, Nb: int, Kb: int) -> tuple[Tensor, Tensor, Tensor]:
         """(block row, block column) of the real slots, and the bool[S] that says which those are."""
@@ -130,6 +137,7 @@ _HEADS: dict[str, tuple[Callable[..., Format], tuple[int, ...]]] = {
     "dense": (lambda: Format(Dense()), (0,)),
     "csr": (lambda: Format(Compressed()), (0,)),
     "bsr": (lambda r, c: Format(Compressed(), (r, c)), (2,)),
+    "sell": (lambda c, sigma: Format(Sell(c, sigma)), (2,)),
     "nm": (lambda n, m: Format(NM(n, m)), (2,)),
     "bitmap": (lambda: Format(Bitmap()), (0,)),
 }

@@ -32,6 +32,11 @@ class Level:
 
     components: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def window(self) -> int:
+        """Parents come in groups of so many: P is a multiple of it."""
+        return 1
+
     def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
         """bool[P, C] -> (index arrays, slots long[S, 2]).
 
@@ -48,7 +53,7 @@ class Level:
         return None
 
     def slots(self, P: Size, C: Size, nnz: Size) -> Size:
-        """How many slots hold `nnz` occupied blocks."""
+        """How many slots hold `nnz` occupied blocks, or the fewest that may if that depends on where they are."""
         return nnz
 
     def dtypes(self, C: Size) -> dict[str, torch.dtype]:
@@ -104,6 +109,72 @@ class Compressed(Level):
 
     def nbytes(self, P: Size, C: Size, S: Size) -> Size:
         return 4 * (P + 1) + self.dtypes(C)["idx"].itemsize * S
+
+
+@dataclass(frozen=True)
+class Sell(Level):
+    """`sell(c, sigma)`: windows of `sigma` parents are sorted by their number of blocks, and cut into slices of `c` parents that are
+    as long as their longest (SELL-C-sigma: Kreutzer et al., "A unified sparse matrix data format", SISC 2014).
+
+    A kernel walks the c parents of a slice at once, with independent accumulators, and since neighbouring slices are about as long it
+    leaves its loops at predictable places. order uint16[P]: the parent at each position, counted within its window; ptr int32[P/c+1]:
+    the first step of each slice; idx as in csr, ordered [slice, step, c]. A padding slot repeats its parent's last coordinate (0 if
+    the parent is empty), so that a kernel may read there.
+    """
+
+    c: int
+    sigma: int
+    components: ClassVar[tuple[str, ...]] = ("order", "ptr", "idx")
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.c, int) and isinstance(self.sigma, int)
+        if not (whole and 1 <= self.c <= self.sigma <= 1 << 16 and self.sigma % self.c == 0):
+            raise FormatError(f"sell(c, sigma) needs 1 <= c <= sigma <= 65536 and sigma a multiple of c, got ({self.c}, {self.sigma})")
+
+    def __str__(self) -> str:
+        return f"sell({self.c}, {self.sigma})"
+
+    @property
+    def window(self) -> int:
+        return self.sigma
+
+    def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
+        counts = occ.sum(1)
+        order = counts.view(-1, self.sigma).argsort(dim=1, descending=True, stable=True).view(-1)
+        parents = self._parents(order)
+        longest = counts[parents].view(-1, self.c).amax(1) if len(parents) else counts
+        ptr = F.pad(longest, (1, 0)).cumsum(0)
+        parent, step = self._slots(parents, ptr)
+        first = F.pad(counts, (1, 0)).cumsum(0)[:-1]
+        last = (counts[parent] - 1).clamp(min=0)
+        coords = F.pad(occ.nonzero()[:, 1], (0, 1))  # the entry added is what an empty last parent points at
+        coord = torch.where(counts[parent] > 0, coords[first[parent] + torch.minimum(step, last)], 0)
+        idx = coord.to(self.dtypes(occ.shape[1])["idx"])
+        arrays = {"order": order.to(torch.uint16), "ptr": ptr.to(torch.int32), "idx": idx}
+        return arrays, torch.stack([parent, coord.masked_fill(step >= counts[parent], -1)], 1)
+
+    def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
+        parent, step = self._slots(self._parents(arrays["order"].long()), arrays["ptr"].long())
+        coord = arrays["idx"].long()
+        before = F.pad(coord, (self.c, 0))[: len(coord)]
+        return torch.stack([parent, coord.masked_fill((step > 0) & (coord == before), -1)], 1)
+
+    def dtypes(self, C: Size) -> dict[str, torch.dtype]:
+        return {"order": torch.uint16, **Compressed().dtypes(C)}
+
+    def nbytes(self, P: Size, C: Size, S: Size) -> Size:
+        return 2 * P + 4 * (P // self.c + 1) + self.dtypes(C)["idx"].itemsize * S
+
+    def _parents(self, order: Tensor) -> Tensor:
+        """long[P]: the parent at each position."""
+        return order + torch.arange(len(order)) // self.sigma * self.sigma
+
+    def _slots(self, parents: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+        """Parent and step within its slice of every slot, long[S] each."""
+        longest = ptr.diff()
+        slices = torch.repeat_interleave(torch.arange(len(longest)), longest)
+        step = torch.arange(len(slices)) - ptr[slices]
+        return parents.view(-1, self.c)[slices].view(-1), step.repeat_interleave(self.c)
 
 
 @dataclass(frozen=True)

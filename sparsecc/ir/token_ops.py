@@ -3,7 +3,7 @@
 
     norm(x, weight, bias)       layer norm or RMS norm over the last dimension     x [..., N] -> [..., N]
     attention(q, k, v, mask)    softmax(scale * q k^T + mask^T) v                  q [B, H, S, D], k and v [B, G, Sk, D] -> [B, H, S, D]
-    key_mask(mask)              what is added to the scores, keys first            [(B, H,) S, Sk] -> f32[B or 1, H or 1, Sk, S]
+    key_mask(mask)              what is added to the scores, keys first            f32[(B, H,) S, Sk] -> f32[B or 1, H or 1, Sk, S]
 
 `kernel` is a key of `KERNELS`, as in `sparsecc::linear`; without one the dense meaning runs.
 """
@@ -49,22 +49,23 @@ def attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return empty_output(q, v.shape[-1], "token")
 
 
-def key_mask(mask: Tensor) -> Tensor:
-    """0 where a query may see a key and -inf where not (of a bool mask), or the values of a float mask, as float32."""
-    mask = mask[(None,) * (4 - mask.ndim)]
-    for dim in (0, 1):  # a broadcast batch or head is stored once
-        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
-    out = _empty_mask(mask)
-    out.copy_(mask.transpose(-1, -2))
-    return out.log_() if mask.dtype == torch.bool else out
+def key_mask(mask: Tensor, kernel: str) -> Tensor:
+    """The same values; a broadcast batch or head is stored once."""
+    mask = _once(mask)
+    fn: Any = KERNELS.get(kernel)
+    return fn(mask) if fn is not None else _empty_mask(mask).copy_(mask.transpose(-1, -2))
 
 
-def key_mask_fake(mask: Tensor) -> Tensor:
+def key_mask_fake(mask: Tensor, kernel: str) -> Tensor:
     """Shape, dtype and strides of the result."""
+    return _empty_mask(_once(mask))
+
+
+def _once(mask: Tensor) -> Tensor:
     mask = mask[(None,) * (4 - mask.ndim)]
     for dim in (0, 1):
         mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
-    return _empty_mask(mask)
+    return mask
 
 
 def _empty_mask(mask: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def _empty_mask(mask: Tensor) -> Tensor:
 
 LIBRARY.define("norm(Tensor x, Tensor weight, Tensor? bias, float eps, str kind, str layout, str kernel) -> Tensor", tags=TAGS)
 LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str kernel) -> Tensor", tags=TAGS)
-LIBRARY.define("key_mask(Tensor mask) -> Tensor", tags=TAGS)
+LIBRARY.define("key_mask(Tensor mask, str kernel) -> Tensor", tags=TAGS)
 for _name, _meaning, _fake in (("norm", norm, norm_fake), ("attention", attention, attention_fake), ("key_mask", key_mask, key_mask_fake)):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsecc::{_name}", _fake, lib=LIBRARY)
@@ -84,5 +85,5 @@ ATTENTION = torch.ops.sparsecc.attention.default
 KEY_MASK = torch.ops.sparsecc.key_mask.default
 """The overloads that stand in graphs."""
 
-DIALECT = (LINEAR, NORM, ATTENTION)
+DIALECT = (LINEAR, NORM, ATTENTION, KEY_MASK)
 """Ops that kernels run; the kernel's key is their last argument."""

@@ -11,7 +11,7 @@ from torch import fx
 from sparsecc.errors import SparseccError, VerifyError
 from sparsecc.ir.ops import ACTIVATIONS, LAYOUTS, LINEAR
 from sparsecc.ir.program import LinearView, Program, get_attr
-from sparsecc.ir.token_ops import ATTENTION, NORM
+from sparsecc.ir.token_ops import DIALECT
 from sparsecc.ir.types import TensorType, type_of
 
 
@@ -62,7 +62,7 @@ def verify(program: Program, stage: str | None = None, patterns: bool = False) -
             problem = _stage_problem(node, STAGES.get(stage, ANYTHING)) or _problem(program, node, patterns)
             if problem:
                 raise VerifyError(f"after {stage}: {node.name}: {problem}")
-        if node.op == "call_function" and node.target in (NORM, ATTENTION):
+        elif node.op == "call_function" and node.target in DIALECT:
             rule = STAGES.get(stage, ANYTHING)
             if not rule.between:
                 raise VerifyError(f"after {stage}: {node.name}: {node.target} is made by layout")

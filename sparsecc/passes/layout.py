@@ -4,7 +4,8 @@
     n = layer_norm(h, [N], w, b);      y = linear(n, ...)      -->  n = norm(h, w, b, layout="token");   y = linear(n, ...)
     a = scaled_dot_product_attention(q, k, v, mask)            -->  m = key_mask(mask);  a = attention(q, k, v, m)
 
-A value becomes token-minor only where everything that uses it reads it so; a norm may end the chain and write rows again. Attention
+A value becomes token-minor only where everything that uses it reads it so. A norm may also begin the chain, where it reads rows, or
+end it, where it writes them. Attention
 joins where its heads come from packed linears and its result goes into one. What would have to be transposed for others stays as it was.
 """
 from __future__ import annotations
@@ -95,7 +96,8 @@ class _Plan:
                 if not uses or not all(self._reads_tokens(value, user) for value, user in uses):
                     self.token.discard(node)
                     changed = True
-            gone = {n for n in self.norms if n.args[0] not in self.token} | {n for n in self.attentions if not self._attends(n)}
+            gone = {n for n in self.norms if n.args[0] not in self.token and n not in self.token}
+            gone |= {n for n in self.attentions if not self._attends(n)}
             if gone:
                 self.drop(gone)
                 changed = True
@@ -146,8 +148,7 @@ def _has_tokens(x: fx.Node) -> bool:
 def _norm_fits(program: Program, node: fx.Node) -> bool:
     """layer_norm over the last dimension alone, with weight and bias, in float32."""
     args = [*node.args, None, None, None][:4]
-    value = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-    fits = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and len(args[1] or ()) == 1  # type: ignore[arg-type]
+    fits = isinstance(args[0], fx.Node) and _has_tokens(args[0]) and len(args[1] or ()) == 1  # type: ignore[arg-type]
     return fits and all(isinstance(a, fx.Node) and program.is_const(a) and _plain(program.const(a)) for a in args[2:4])
 
 
@@ -258,7 +259,7 @@ def _replace_norm(program: Program, node: fx.Node, layout: str) -> None:
 
 
 def _replace_attention(program: Program, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> None:
-    """One key_mask per mask serves all layers."""
+    """One key_mask per mask serves all layers. What a bool mask adds is its logarithm: 0 where a query may see a key, else -inf."""
     q, k, v = node.args[:3]
     mask = _mask(node)
     scale = node.kwargs.get("scale")
@@ -266,10 +267,20 @@ def _replace_attention(program: Program, node: fx.Node, masks: dict[fx.Node, fx.
         scale = 1 / math.sqrt(int(_shape(q)[-1]))
     if isinstance(mask, fx.Node):
         if mask not in masks:
-            with program.graph.inserting_after(mask):
-                masks[mask] = program.graph.call_function(KEY_MASK, (mask,))
+            added = mask
+            if value_of(mask).dtype == torch.bool:
+                added = _after(program, mask, aten.to.dtype, torch.float32)
+                added = _after(program, added, aten.log.default)
+            elif value_of(mask).dtype != torch.float32:
+                added = _after(program, mask, aten.to.dtype, torch.float32)
+            masks[mask] = _after(program, added, KEY_MASK, "")
         mask = masks[mask]
     with program.graph.inserting_before(node):
         new = program.graph.call_function(ATTENTION, (q, k, v, mask, scale, ""))
     program.replace(node, new)
 
+
+def _after(program: Program, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """target(node, *args), right behind the node."""
+    with program.graph.inserting_after(node):
+        return program.graph.call_function(target, (node, *args))

@@ -15,7 +15,7 @@ from torch import fx
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
-from sparsecc.ir.token_ops import ATTENTION, NORM
+from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
 from sparsecc.passes.context import Context
 
 aten = torch.ops.aten
@@ -55,18 +55,24 @@ class Lower:
             elif not view.plain:
                 view.replace(kernel=DENSE)  # low-rank terms and the reference target
         for node in program.graph.nodes:
-            if node.target is NORM or node.target is ATTENTION:
+            if node.target in BETWEEN:
                 _name_kernel(node, tuner)
         program.rewrite(self.rules)
 
 
+BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
+    NORM: lambda tuner, node: tuner.norm(*node.args[4:6]),
+    ATTENTION: lambda tuner, node: tuner.attention(_head_size(node), node.args[3] is not None),
+    KEY_MASK: lambda tuner, node: tuner.key_mask(),
+}
+"""The kernels of what stands between linears, and the keys by which programs name them."""
+
+
 def _name_kernel(node: fx.Node, tuner: Any) -> None:
-    """The kernel is the last argument of a norm or an attention."""
+    """The kernel is the last argument."""
     key = DENSE
     if tuner is not None:
-        made = tuner.norm(*node.args[4:6]) if node.target is NORM else tuner.attention(_head_size(node), node.args[3] is not None)
-        key = made[0]
-        KERNELS[key] = made[1]
+        key, KERNELS[key] = BETWEEN[node.target](tuner, node)
     node.args = (*node.args[:-1], key)
 
 

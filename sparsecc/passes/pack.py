@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Format, Pattern
+from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Format, Panels, Pattern, Sell
 from sparsecc.formats.codec import Raw
 from sparsecc.formats.level import NM as NMLevel
 from sparsecc.ir.infer import value_of
@@ -22,6 +22,10 @@ from sparsecc.passes.context import Choice, Context, Problem
 
 BITMAP_FROM = 0.25
 """Above this density one bit per entry costs less than an index per nonzero."""
+
+SLICED = Format(Sell(4, 64), swizzle=Panels(192))
+"""Nonzeros for many tokens. Every multiply-add loads a vector of x: 192 columns of 64 tokens are what a first-level cache holds, and
+four rows at once keep enough of them under way."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ def _pack(program: Program, view: LinearView, context: Context) -> None:
     weight, pattern, region = program.const(view.params[0]), view.terms[0].zeros, program.region(view.node)
     name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
     codec = context.spec.rule_for(name).codec
-    formats = formats_for(pattern, weight, codec)
-    kept = [fmt for fmt in formats if fmt.refuses(weight) is None]
     tokens = tokens_of(view.x)
+    formats = formats_for(pattern, weight, codec, tokens)
+    kept = [fmt for fmt in formats if fmt.refuses(weight) is None]
     region.more |= {"m": tokens, "shape": tuple(weight.shape), "zeros": 1 - int(weight.count_nonzero()) / max(1, weight.numel()),
                     "dense_bytes": weight.numel() * weight.element_size()}
     if not kept or tokens == 0:
@@ -68,7 +72,7 @@ def _pack(program: Program, view: LinearView, context: Context) -> None:
     view.replace(params=params, terms=(view.terms[0].with_(format=choice.format),))
 
 
-def formats_for(pattern: Pattern, weight: Tensor, codec: str | None) -> list[Format]:
+def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
     """Formats that can hold the zeros of `pattern`, the natural one first; none approximates unless the codec was asked for by name."""
     density = int(weight.count_nonzero()) / max(1, weight.numel())
     natural: list[Format] = []
@@ -77,7 +81,8 @@ def formats_for(pattern: Pattern, weight: Tensor, codec: str | None) -> list[For
     if isinstance(pattern, NM):
         natural.append(Format(NMLevel(pattern.n, pattern.m)))
     if not natural or natural[0].block == (1, 1):
-        natural.append(Format(Compressed()))
+        natural += [SLICED] * (tokens > 1)
+        natural += [Format(Compressed())] * (Format(Compressed()) not in natural)
         if density >= BITMAP_FROM:
             natural.append(Format(Bitmap()))
     raw = Raw(codec) if codec else Raw()

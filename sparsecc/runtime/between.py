@@ -12,10 +12,11 @@ from torch import Tensor
 from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.norm import NormSpec, norm_source
+from sparsecc.codegen.tvm.tiles import pack_rows_source
 from sparsecc.errors import ShapeError
 from sparsecc.ir.ops import TOKEN_TILE
 from sparsecc.runtime.record import call, empty
-from sparsecc.runtime.tokens import Tokens, token_minor, token_output
+from sparsecc.runtime.tokens import Tokens, move, sequences, token_minor, token_output
 
 VECTORS = 4
 """Vectors of tokens per tile: with 4 keys or features a side they fill half of AVX-512's registers with accumulators."""
@@ -95,6 +96,25 @@ class AttentionKernel:
             return value
         made = token_minor(self.backend, value.contiguous())
         return made.tensor.view(B, H, D, -1).transpose(2, 3)[:, :, :S]
+
+
+class MaskKernel:
+    """fn(mask [B, H, S, Sk]) -> the same, keys first: token-minor, a query being a token and a key a feature."""
+
+    def __init__(self, backend: TvmBackend) -> None:
+        self.backend = backend
+
+    def source(self, tokens: int = 0) -> str:
+        """The kernel's text."""
+        return pack_rows_source(self.backend.isa.lanes)
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        B, H, S, Sk = mask.shape
+        made = token_output(Sk, (B, H, S))
+        if mask.numel():
+            strides = made.stride(3), 0, made.stride(1), made.stride(3)
+            move(self.backend, sequences(mask.reshape(B * H, S, Sk)), made, Sk, Sk, strides)
+        return made.transpose(2, 3)
 
 
 @cache

@@ -24,11 +24,11 @@ from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
 from sparsecc.ir.program import Program, get_attr, make_module
-from sparsecc.ir.token_ops import ATTENTION, NORM
+from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
 from sparsecc.runtime.record import Pool, Recorder, Replay
 
 aten = torch.ops.aten
-KINDS: dict[Any, Any] = {LINEAR: ops.linear, NORM: token_ops.norm, ATTENTION: token_ops.attention}
+KINDS: dict[Any, Any] = {LINEAR: ops.linear, NORM: token_ops.norm, ATTENTION: token_ops.attention, KEY_MASK: token_ops.key_mask}
 """Ops that kernels run, and what to call without the dispatcher."""
 VIEWS = {
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor,

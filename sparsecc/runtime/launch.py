@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsecc.codegen.kernel import KernelSpec
-from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
-from sparsecc.formats import Panels
+from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, whole_chunk
+from sparsecc.formats import Dense, Format, Panels
 from sparsecc.formats.level import NM
 from sparsecc.runtime.record import call, empty
 from sparsecc.runtime.tokens import move, rows, sequences, token_minor, token_output
@@ -34,10 +34,8 @@ class LinearKernel:
         N, K = shape
         group = math.lcm(*(fmt.block[1] * (fmt.level.m if isinstance(fmt.level, NM) else 1) for fmt in spec.formats))
         grids = [fmt.grid(N, K) for fmt in spec.formats]
-        reach = [_panels(fmt, N, parents) * coords * fmt.block[1] for fmt, (parents, coords) in zip(spec.formats, grids, strict=True)]
-        self._padded_k = -(-max(K, *reach) // group) * group
-        rows = math.lcm(*(fmt.block[0] for fmt in spec.formats))
-        self._chunk = -(-config.chunk // rows) * rows
+        self._padded_k = -(-max(K, *(_reach(fmt, K) for fmt in spec.formats)) // group) * group
+        self._chunk = whole_chunk(spec, config)
         pairs = zip(spec.formats, grids, strict=True)
         self._sizes = tuple(size for fmt, (parents, coords) in pairs for size in (coords, _panels(fmt, N, parents)))
         self._width = backend.isa.lanes * config.vectors
@@ -140,6 +138,12 @@ class LinearKernel:
             return self._code[regime]
 
 
-def _panels(fmt: Any, N: int, parents: int) -> int:
+def _panels(fmt: Format, N: int, parents: int) -> int:
     """Panels of columns: 1 unless the format is swizzled into them."""
-    return max(1, parents // -(-N // fmt.block[0])) if isinstance(fmt.swizzle, Panels) and N else 1
+    return max(1, parents // fmt.block_rows(N)) if isinstance(fmt.swizzle, Panels) and N else 1
+
+
+def _reach(fmt: Format, K: int) -> int:
+    """Columns that a kernel may read: levels with an index stay on blocks that are kept, all others walk whole panels."""
+    whole = fmt.swizzle.width * fmt.block[1] if isinstance(fmt.swizzle, Panels) and isinstance(fmt.level, (Dense, NM)) else 1
+    return -(-K // whole) * whole

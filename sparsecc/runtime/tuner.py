@@ -23,7 +23,7 @@ from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import ACTIVATIONS, empty_output
 from sparsecc.ir.token_ops import key_mask
 from sparsecc.passes.context import Attention, Choice, Problem
-from sparsecc.runtime.between import AttentionKernel, AttentionSpec, NormKernel, NormSpec
+from sparsecc.runtime.between import AttentionKernel, AttentionSpec, MaskKernel, NormKernel, NormSpec
 from sparsecc.runtime.launch import LinearKernel
 
 TOLERANCE = 2e-5
@@ -82,6 +82,10 @@ class CpuTuner:
         """The key that stands in the program, and the kernel."""
         spec = AttentionSpec(D, masked)
         return f"cpu:{self.backend.isa.name} {spec}", AttentionKernel(self.backend, spec)
+
+    def key_mask(self) -> tuple[str, MaskKernel]:
+        """The key that stands in the program, and the kernel."""
+        return f"cpu:{self.backend.isa.name} key mask", MaskKernel(self.backend)
 
     def attention_pays(self, problem: Attention) -> bool:
         """Timed against torch's scaled_dot_product_attention, each on the layout it likes. Without tuning the kernel is trusted."""
@@ -218,7 +222,7 @@ class AttentionCall:
     def candidate(self, kernel: AttentionKernel) -> Callable[[], Tensor]:
         """The kernel on token-minor heads."""
         q, k, v = (empty_output(t, t.shape[-1], "token").copy_(t) for t in (self.q, self.k, self.v))
-        mask, scale = None if self.mask is None else key_mask(self.mask), q.shape[-1] ** -0.5
+        mask, scale = None if self.mask is None else key_mask(self.mask.float().log(), ""), q.shape[-1] ** -0.5
         return lambda: kernel(q, k, v, mask, scale)
 
     def reference(self) -> Tensor:
@@ -233,6 +237,6 @@ def _failed(result: Result) -> bool:
 
 
 def _spec(formats: tuple[Format, ...], epilogue: str, residual: bool, layout: str, shape: tuple[int, int]) -> KernelSpec:
-    ragged = any(shape[0] % fmt.block[0] for fmt in formats)
+    ragged = any(shape[0] % (fmt.block[0] * fmt.level.window) for fmt in formats)
     wide = any(fmt.grid(*shape)[1] > 65536 for fmt in formats)
     return KernelSpec(formats, epilogue, residual, layout, "many", ragged, wide)

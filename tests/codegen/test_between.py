@@ -14,8 +14,7 @@ from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.norm import NormSpec
 from sparsecc.errors import TargetError
 from sparsecc.ir.ops import empty_output
-from sparsecc.ir.token_ops import key_mask
-from sparsecc.runtime.between import AttentionKernel, NormKernel
+from sparsecc.runtime.between import AttentionKernel, MaskKernel, NormKernel
 
 TOLERANCE = 1e-5
 
@@ -66,7 +65,7 @@ def test_attention(D: int) -> None:
             mask = torch.rand(B, 1, S, Sk) < 0.7
             mask[0, 0, 0] = False  # sees nothing: 0, as in torch
             given = mask if masked else None
-            prepared = key_mask(mask) if masked else None
+            prepared = MaskKernel(TvmBackend.of())(mask.float().log()) if masked else None
             want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), given, scale=0.4, enable_gqa=True)
             assert not masked or not want[0, :, 0].any()
             close(kernel(token(q), token(k), token(v), prepared, 0.4), want)
@@ -74,7 +73,7 @@ def test_attention(D: int) -> None:
             if masked:
                 full = torch.randn(B, H, S, Sk)
                 want = F.scaled_dot_product_attention(q, k, v, full, scale=0.4, enable_gqa=True)
-                close(kernel(q, k, v, key_mask(full), 0.4), want.double())
+                close(kernel(q, k, v, MaskKernel(TvmBackend.of())(full), 0.4), want.double())
 
 
 def test_attention_of_large_scores_and_of_nan() -> None:

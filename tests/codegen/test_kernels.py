@@ -41,7 +41,7 @@ class Case:
     @property
     def spec(self) -> KernelSpec:
         formats, (N, K) = self.parsed, self.shape
-        ragged = any(N % fmt.block[0] for fmt in formats)
+        ragged = any(N % (fmt.block[0] * fmt.level.window) for fmt in formats)
         wide = any(fmt.grid(N, K)[1] > 65536 for fmt in formats)
         return KernelSpec(formats, self.epilogue, self.residual, self.layout, "many", ragged, wide)  # type: ignore[arg-type]
 
@@ -68,6 +68,12 @@ CASES = [
     Case("bitmap.block(4, 1)", (42, 70), "gelu", False, "token"),
     Case("csr.panels(16)", (65, 100), "relu", True, "row"),
     Case("bsr(4, 1).panels(8)", (26, 60), "gelu", True, "token"),
+    Case("sell(4, 16)", (64, 96), "gelu", True, "token"),
+    Case("sell(2, 8).panels(16)", (61, 90), "silu", True, "row"),
+    Case("sell(4, 64).panels(32)", (150, 70), "", True, "token", CpuConfig(4, 1, 64)),
+    Case("sell(2, 4).block(4, 1).panels(32)", (85, 70), "relu", False, "token", CpuConfig(1, 1, 64)),
+    Case("sell(3, 6).block(1, 16)", (35, 70), "", False, "row"),
+    Case("sell(2, 4).block(32, 1)", (100, 40), "", True, "token"),
     Case("csr.bf16", (48, 64), config=CpuConfig(4, 2, 64)),
     Case("bsr(4, 1).f16", (66, 40), "silu"),
     Case("bsr(4, 1) + csr", (67, 53), "gelu", True, "row", CpuConfig(1, 2, 64)),

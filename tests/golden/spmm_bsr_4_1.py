@@ -33,29 +33,29 @@ def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
         out = T.alloc_buffer((512,), "float32", scope="global")
         if left == 1:
             for i in range((last - first + 3) // 4):
-                row: T.let = first + i * 4 + 0
-                parent: T.let = first // 4 + i
+                parent0: T.let = first // 4 + i
+                row_1: T.let = first + i * 4
                 acc0 = T.alloc_buffer((4,), "float32", scope="global")
                 acc1 = T.alloc_buffer((4,), "float32", scope="global")
                 acc2 = T.alloc_buffer((4,), "float32", scope="global")
                 acc3 = T.alloc_buffer((4,), "float32", scope="global")
-                acc0[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 0], 4)
-                acc1[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 1], 4)
-                acc2[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 2], 4)
-                acc3[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 3], 4)
-                lo0: T.let = T.Cast("int64", ptr0[parent])
-                count0: T.let = T.Cast("int64", ptr0[parent + T.int64(1)]) - lo0
+                acc0[T.ramp(0, 1, 4)] = T.broadcast(bias[row_1 + 0], 4)
+                acc1[T.ramp(0, 1, 4)] = T.broadcast(bias[row_1 + 1], 4)
+                acc2[T.ramp(0, 1, 4)] = T.broadcast(bias[row_1 + 2], 4)
+                acc3[T.ramp(0, 1, 4)] = T.broadcast(bias[row_1 + 3], 4)
+                lo0: T.let = T.Cast("int64", ptr0[parent0])
+                count0: T.let = T.Cast("int64", ptr0[parent0 + T.int64(1)]) - lo0
                 for j in range(count0 // 1):
-                    block_1: T.let = lo0 + j * 1 + 0
-                    xb_2: T.let = xt + (T.Cast("int64", idx0[lo0 + j * 1 + 0])) * x_stride + T.int64(0)
-                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 4 + 0 + 0], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
-                    acc1[T.ramp(0, 1, 4)] = acc1[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 4 + 0 + 1], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
-                    acc2[T.ramp(0, 1, 4)] = acc2[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 4 + 0 + 2], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
-                    acc3[T.ramp(0, 1, 4)] = acc3[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 4 + 0 + 3], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
-                out[T.ramp((row + 0 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
-                out[T.ramp((row + 1 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc1[T.ramp(0, 1, 4)]
-                out[T.ramp((row + 2 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc2[T.ramp(0, 1, 4)]
-                out[T.ramp((row + 3 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc3[T.ramp(0, 1, 4)]
+                    block_2: T.let = lo0 + j * 1 + 0
+                    xb_3: T.let = xt + (T.Cast("int64", idx0[lo0 + j * 1 + 0])) * x_stride + T.int64(0)
+                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_2 * 1 + 0) * 4 + 0 + 0], 4) * x[T.ramp(xb_3 + (0) * x_stride + 0, 1, 4)]
+                    acc1[T.ramp(0, 1, 4)] = acc1[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_2 * 1 + 0) * 4 + 0 + 1], 4) * x[T.ramp(xb_3 + (0) * x_stride + 0, 1, 4)]
+                    acc2[T.ramp(0, 1, 4)] = acc2[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_2 * 1 + 0) * 4 + 0 + 2], 4) * x[T.ramp(xb_3 + (0) * x_stride + 0, 1, 4)]
+                    acc3[T.ramp(0, 1, 4)] = acc3[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_2 * 1 + 0) * 4 + 0 + 3], 4) * x[T.ramp(xb_3 + (0) * x_stride + 0, 1, 4)]
+                out[T.ramp((row_1 + 0 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
+                out[T.ramp((row_1 + 1 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc1[T.ramp(0, 1, 4)]
+                out[T.ramp((row_1 + 2 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc2[T.ramp(0, 1, 4)]
+                out[T.ramp((row_1 + 3 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc3[T.ramp(0, 1, 4)]
         for slab in range(left):
             token_at = T.alloc_buffer((1,), "int64", scope="global")
             token_at[0] = start + slab * 4

@@ -34,39 +34,39 @@ def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
         rt: T.let = batch * res_batch + start
         if left == 1:
             for i in range((last - first + 0) // 1):
-                row: T.let = first + i * 1 + 0
-                parent: T.let = first // 1 + i
+                parent0: T.let = first // 1 + i
+                row_1: T.let = first + i * 1
                 acc0 = T.alloc_buffer((4,), "float32", scope="global")
-                acc0[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 0], 4)
+                acc0[T.ramp(0, 1, 4)] = T.broadcast(bias[row_1 + 0], 4)
                 groups0: T.let = (C0 + 3) // 4
                 for g in range(groups0):
-                    block_1: T.let = (parent * groups0 + g) * 2 + 0
-                    xb_2: T.let = xt + (g * 4 + T.Cast("int64", idx0[(parent * groups0 + g) * 2 + 0])) * x_stride + T.int64(0)
-                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
-                    block_3: T.let = (parent * groups0 + g) * 2 + 1
-                    xb_4: T.let = xt + (g * 4 + T.Cast("int64", idx0[(parent * groups0 + g) * 2 + 1])) * x_stride + T.int64(0)
-                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_3 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_4 + (0) * x_stride + 0, 1, 4)]
-                y[T.ramp(yt + (row + 0) * y_stride + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
-                for e_row in range(T.min(T.int64(1), N - row)):
-                    v_5: T.let = y[T.ramp(yt + (row + e_row) * y_stride + T.int64(0) + 0, 1, 4)]
-                    size_6: T.let = T.max(v_5, T.broadcast(T.float32(0.0), 4) - v_5)
-                    a_7: T.let = T.min(size_6 * T.broadcast(T.float32(0.7071067811865476), 4), T.broadcast(T.float32(4.2), 4))
-                    p_8: T.let = T.broadcast(T.float32(6.946010763553951e-05), 4) * a_7 + T.broadcast(T.float32(-0.00031989287500620866), 4)
-                    p_9: T.let = p_8 * a_7 + T.broadcast(T.float32(-0.0015958874527117468), 4)
-                    p_10: T.let = p_9 * a_7 + T.broadcast(T.float32(0.020415027302298022), 4)
-                    p_11: T.let = p_10 * a_7 + T.broadcast(T.float32(-0.10325379641283151), 4)
-                    p_12: T.let = p_11 * a_7 + T.broadcast(T.float32(-0.63653689985929), 4)
-                    p_13: T.let = p_12 * a_7 + T.broadcast(T.float32(-1.1283838141773035), 4)
-                    e_14: T.let = a_7 * p_13
-                    sum_15: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", e_14, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
-                    n_16: T.let = sum_15 - T.broadcast(T.float32(12583039.0), 4)
-                    r_17: T.let = e_14 - n_16 * T.broadcast(T.float32(0.693359375), 4) + n_16 * T.broadcast(T.float32(0.00021219444), 4)
-                    power_18: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_15), T.broadcast(T.int32(23), 4)))
-                    p_19: T.let = T.broadcast(T.float32(0.0013888889225199819), 4) * r_17 + T.broadcast(T.float32(0.008333350531756878), 4)
-                    p_20: T.let = p_19 * r_17 + T.broadcast(T.float32(0.04166654497385025), 4)
-                    p_21: T.let = p_20 * r_17 + T.broadcast(T.float32(0.1666666716337204), 4)
-                    p_22: T.let = p_21 * r_17 + T.broadcast(T.float32(0.5), 4)
-                    p_23: T.let = p_22 * r_17 + T.broadcast(T.float32(1.0), 4)
-                    p_24: T.let = p_23 * r_17 + T.broadcast(T.float32(1.0), 4)
-                    exp_25: T.let = p_24 * power_18
-                    y[T.ramp(yt + (row + e_row) * y_stride + T.int64(0) + 0, 1, 4)] = T.broadcast(T.float32(0.5), 4) * (v_5 + size_6 * (T.broadcast(T.float32(1.0), 4) - exp_25)) + res[T.ramp(rt + (row + e_row) * res_stride + T.int64(0) + 0, 1, 4)]
+                    block_2: T.let = (parent0 * groups0 + g) * 2 + 0
+                    xb_3: T.let = xt + (g * 4 + T.Cast("int64", idx0[(parent0 * groups0 + g) * 2 + 0])) * x_stride + T.int64(0)
+                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_2 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_3 + (0) * x_stride + 0, 1, 4)]
+                    block_4: T.let = (parent0 * groups0 + g) * 2 + 1
+                    xb_5: T.let = xt + (g * 4 + T.Cast("int64", idx0[(parent0 * groups0 + g) * 2 + 1])) * x_stride + T.int64(0)
+                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_4 * 1 + 0) * 1 + 0 + 0], 4) * x[T.ramp(xb_5 + (0) * x_stride + 0, 1, 4)]
+                y[T.ramp(yt + (row_1 + 0) * y_stride + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
+                for e_row in range(T.min(T.int64(1), N - (row_1))):
+                    v_6: T.let = y[T.ramp(yt + (row_1 + e_row) * y_stride + T.int64(0) + 0, 1, 4)]
+                    size_7: T.let = T.max(v_6, T.broadcast(T.float32(0.0), 4) - v_6)
+                    a_8: T.let = T.min(size_7 * T.broadcast(T.float32(0.7071067811865476), 4), T.broadcast(T.float32(4.2), 4))
+                    p_9: T.let = T.broadcast(T.float32(6.946010763553951e-05), 4) * a_8 + T.broadcast(T.float32(-0.00031989287500620866), 4)
+                    p_10: T.let = p_9 * a_8 + T.broadcast(T.float32(-0.0015958874527117468), 4)
+                    p_11: T.let = p_10 * a_8 + T.broadcast(T.float32(0.020415027302298022), 4)
+                    p_12: T.let = p_11 * a_8 + T.broadcast(T.float32(-0.10325379641283151), 4)
+                    p_13: T.let = p_12 * a_8 + T.broadcast(T.float32(-0.63653689985929), 4)
+                    p_14: T.let = p_13 * a_8 + T.broadcast(T.float32(-1.1283838141773035), 4)
+                    e_15: T.let = a_8 * p_14
+                    sum_16: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", e_15, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
+                    n_17: T.let = sum_16 - T.broadcast(T.float32(12583039.0), 4)
+                    r_18: T.let = e_15 - n_17 * T.broadcast(T.float32(0.693359375), 4) + n_17 * T.broadcast(T.float32(0.00021219444), 4)
+                    power_19: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_16), T.broadcast(T.int32(23), 4)))
+                    p_20: T.let = T.broadcast(T.float32(0.0013888889225199819), 4) * r_18 + T.broadcast(T.float32(0.008333350531756878), 4)
+                    p_21: T.let = p_20 * r_18 + T.broadcast(T.float32(0.04166654497385025), 4)
+                    p_22: T.let = p_21 * r_18 + T.broadcast(T.float32(0.1666666716337204), 4)
+                    p_23: T.let = p_22 * r_18 + T.broadcast(T.float32(0.5), 4)
+                    p_24: T.let = p_23 * r_18 + T.broadcast(T.float32(1.0), 4)
+                    p_25: T.let = p_24 * r_18 + T.broadcast(T.float32(1.0), 4)
+                    exp_26: T.let = p_25 * power_19
+                    y[T.ramp(yt + (row_1 + e_row) * y_stride + T.int64(0) + 0, 1, 4)] = T.broadcast(T.float32(0.5), 4) * (v_6 + size_7 * (T.broadcast(T.float32(1.0), 4) - exp_26)) + res[T.ramp(rt + (row_1 + e_row) * res_stride + T.int64(0) + 0, 1, 4)]

@@ -36,39 +36,39 @@ def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
         out = T.alloc_buffer((512,), "float32", scope="global")
         if left == 1:
             for i in range((last - first + 1) // 2):
-                row: T.let = first + i * 2 + 0
-                parent: T.let = first // 2 + i
+                parent0: T.let = first // 2 + i
+                row_1: T.let = first + i * 2
                 acc0 = T.alloc_buffer((4,), "float32", scope="global")
                 acc1 = T.alloc_buffer((4,), "float32", scope="global")
-                if row + 0 < N:
-                    acc0[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 0], 4)
-                if row + 1 < N:
-                    acc1[T.ramp(0, 1, 4)] = T.broadcast(bias[row + 1], 4)
-                lo0: T.let = T.Cast("int64", ptr0[parent])
-                count0: T.let = T.Cast("int64", ptr0[parent + T.int64(1)]) - lo0
+                if row_1 + 0 < N:
+                    acc0[T.ramp(0, 1, 4)] = T.broadcast(bias[row_1 + 0], 4)
+                if row_1 + 1 < N:
+                    acc1[T.ramp(0, 1, 4)] = T.broadcast(bias[row_1 + 1], 4)
+                lo0: T.let = T.Cast("int64", ptr0[parent0])
+                count0: T.let = T.Cast("int64", ptr0[parent0 + T.int64(1)]) - lo0
                 for j in range(count0 // 1):
-                    block_1: T.let = lo0 + j * 1 + 0
-                    xb_2: T.let = xt + (T.Cast("int64", idx0[lo0 + j * 1 + 0])) * x_stride + T.int64(0)
-                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 2 + 0 + 0], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
-                    acc1[T.ramp(0, 1, 4)] = acc1[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_1 * 1 + 0) * 2 + 0 + 1], 4) * x[T.ramp(xb_2 + (0) * x_stride + 0, 1, 4)]
-                if row + 0 < N:
-                    out[T.ramp((row + 0 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
-                if row + 1 < N:
-                    out[T.ramp((row + 1 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc1[T.ramp(0, 1, 4)]
+                    block_2: T.let = lo0 + j * 1 + 0
+                    xb_3: T.let = xt + (T.Cast("int64", idx0[lo0 + j * 1 + 0])) * x_stride + T.int64(0)
+                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_2 * 1 + 0) * 2 + 0 + 0], 4) * x[T.ramp(xb_3 + (0) * x_stride + 0, 1, 4)]
+                    acc1[T.ramp(0, 1, 4)] = acc1[T.ramp(0, 1, 4)] + T.broadcast(val0[(block_2 * 1 + 0) * 2 + 0 + 1], 4) * x[T.ramp(xb_3 + (0) * x_stride + 0, 1, 4)]
+                if row_1 + 0 < N:
+                    out[T.ramp((row_1 + 0 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
+                if row_1 + 1 < N:
+                    out[T.ramp((row_1 + 1 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc1[T.ramp(0, 1, 4)]
             for i in range((last - first + 0) // 1):
-                row: T.let = first + i * 1 + 0
-                parent: T.let = first // 1 + i
+                parent1: T.let = first // 1 + i
+                row_4: T.let = first + i * 1
                 acc0 = T.alloc_buffer((4,), "float32", scope="global")
-                if row + 0 < N:
-                    acc0[T.ramp(0, 1, 4)] = out[T.ramp((row + 0 - first) * 4 + T.int64(0) + 0, 1, 4)]
-                lo1: T.let = T.Cast("int64", ptr1[parent])
-                count1: T.let = T.Cast("int64", ptr1[parent + T.int64(1)]) - lo1
+                if row_4 + 0 < N:
+                    acc0[T.ramp(0, 1, 4)] = out[T.ramp((row_4 + 0 - first) * 4 + T.int64(0) + 0, 1, 4)]
+                lo1: T.let = T.Cast("int64", ptr1[parent1])
+                count1: T.let = T.Cast("int64", ptr1[parent1 + T.int64(1)]) - lo1
                 for j in range(count1 // 1):
-                    block_3: T.let = lo1 + j * 1 + 0
-                    xb_4: T.let = xt + (T.Cast("int64", idx1[lo1 + j * 1 + 0])) * x_stride + T.int64(0)
-                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(T.reinterpret("float32", T.shift_left(T.Cast("uint32", val1[(block_3 * 1 + 0) * 1 + 0 + 0]), T.uint32(16))), 4) * x[T.ramp(xb_4 + (0) * x_stride + 0, 1, 4)]
-                if row + 0 < N:
-                    out[T.ramp((row + 0 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
+                    block_5: T.let = lo1 + j * 1 + 0
+                    xb_6: T.let = xt + (T.Cast("int64", idx1[lo1 + j * 1 + 0])) * x_stride + T.int64(0)
+                    acc0[T.ramp(0, 1, 4)] = acc0[T.ramp(0, 1, 4)] + T.broadcast(T.reinterpret("float32", T.shift_left(T.Cast("uint32", val1[(block_5 * 1 + 0) * 1 + 0 + 0]), T.uint32(16))), 4) * x[T.ramp(xb_6 + (0) * x_stride + 0, 1, 4)]
+                if row_4 + 0 < N:
+                    out[T.ramp((row_4 + 0 - first) * 4 + T.int64(0) + 0, 1, 4)] = acc0[T.ramp(0, 1, 4)]
         for slab in range(left):
             token_at = T.alloc_buffer((1,), "int64", scope="global")
             token_at[0] = start + slab * 4

@@ -20,7 +20,8 @@ def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
             y[first + n] = bias[first + n]
         for p0 in range(P0):
             for i in range((last - first + 3) // 4):
-                parent: T.let = p0 * ((N + 3) // 4) + first // 4 + i
+                parent0: T.let = p0 * ((N + 3) // 4) + first // 4 + i
+                row_1: T.let = first + i * 4
                 acc = T.alloc_buffer((16,), "float32", scope="global")
                 acc[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
                 acc[T.ramp(4, 1, 4)] = T.broadcast(T.float32(0), 4)
@@ -29,18 +30,17 @@ def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
                 words0: T.let = (C0 + 15) // 16
                 at0 = T.alloc_buffer((1,), "int64", scope="global")
                 mask0 = T.alloc_buffer((1,), "int32", scope="global")
-                at0[0] = T.Cast("int64", ptr0[parent])
+                at0[0] = T.Cast("int64", ptr0[parent0])
                 for word in range(words0):
-                    mask0[0] = T.Cast("int32", bits0[parent * words0 + word])
+                    mask0[0] = T.Cast("int32", bits0[parent0 * words0 + word])
                     while mask0[0] != 0:
-                        block_1: T.let = at0[0]
-                        xb_2: T.let = (p0 * C0 + word * 16 + T.Cast("int64", T.call_llvm_pure_intrin("int32", "llvm.cttz", mask0[0], T.bool(True)))) * 1
-                        acc[T.ramp(0, 1, 4)] = acc[T.ramp(0, 1, 4)] + val0[T.ramp(block_1 * 4 + 0 * 4 + 0, 1, 4)] * T.broadcast(x[xb_2 + 0], 4)
+                        block_2: T.let = at0[0]
+                        xb_3: T.let = (p0 * C0 + word * 16 + T.Cast("int64", T.call_llvm_pure_intrin("int32", "llvm.cttz", mask0[0], T.bool(True)))) * 1
+                        acc[T.ramp(0, 1, 4)] = acc[T.ramp(0, 1, 4)] + val0[T.ramp(block_2 * 4 + 0 * 4 + 0, 1, 4)] * T.broadcast(x[xb_3 + 0], 4)
                         at0[0] = at0[0] + T.int64(1)
                         mask0[0] = T.bitwise_and(mask0[0], mask0[0] - 1)
                 acc[T.ramp(0, 1, 4)] = acc[T.ramp(0, 1, 4)] + acc[T.ramp(4, 1, 4)]
                 acc[T.ramp(0, 1, 4)] = acc[T.ramp(0, 1, 4)] + acc[T.ramp(8, 1, 4)]
                 acc[T.ramp(0, 1, 4)] = acc[T.ramp(0, 1, 4)] + acc[T.ramp(12, 1, 4)]
-                row: T.let = first + i * 4
-                for b in range(T.min(T.int64(4), N - row)):
-                    y[row + b] = y[row + b] + acc[b]
+                for b in range(T.min(T.int64(4), N - row_1)):
+                    y[row_1 + b] = y[row_1 + b] + acc[0 + b]

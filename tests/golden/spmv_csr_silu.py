@@ -19,49 +19,49 @@ def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
         for n in range(last - first):
             y[first + n] = bias[first + n]
         for i in range((last - first + 0) // 1):
-            parent: T.let = first // 1 + i
+            parent0: T.let = first // 1 + i
+            row_1: T.let = first + i * 1
             acc = T.alloc_buffer((4,), "float32", scope="global")
             acc[0] = T.float32(0)
             acc[1] = T.float32(0)
             acc[2] = T.float32(0)
             acc[3] = T.float32(0)
-            lo0: T.let = T.Cast("int64", ptr0[parent])
-            count0: T.let = T.Cast("int64", ptr0[parent + T.int64(1)]) - lo0
+            lo0: T.let = T.Cast("int64", ptr0[parent0])
+            count0: T.let = T.Cast("int64", ptr0[parent0 + T.int64(1)]) - lo0
             for j in range(count0 // 4):
-                block_1: T.let = lo0 + j * 4 + 0
-                xb_2: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 0])) * 1
-                acc[0] = acc[0] + val0[block_1 * 1 + 0 * 1 + 0] * x[xb_2 + 0]
-                block_3: T.let = lo0 + j * 4 + 1
-                xb_4: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 1])) * 1
-                acc[1] = acc[1] + val0[block_3 * 1 + 0 * 1 + 0] * x[xb_4 + 0]
-                block_5: T.let = lo0 + j * 4 + 2
-                xb_6: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 2])) * 1
-                acc[2] = acc[2] + val0[block_5 * 1 + 0 * 1 + 0] * x[xb_6 + 0]
-                block_7: T.let = lo0 + j * 4 + 3
-                xb_8: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 3])) * 1
-                acc[3] = acc[3] + val0[block_7 * 1 + 0 * 1 + 0] * x[xb_8 + 0]
+                block_2: T.let = lo0 + j * 4 + 0
+                xb_3: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 0])) * 1
+                acc[0] = acc[0] + val0[block_2 * 1 + 0 * 1 + 0] * x[xb_3 + 0]
+                block_4: T.let = lo0 + j * 4 + 1
+                xb_5: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 1])) * 1
+                acc[1] = acc[1] + val0[block_4 * 1 + 0 * 1 + 0] * x[xb_5 + 0]
+                block_6: T.let = lo0 + j * 4 + 2
+                xb_7: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 2])) * 1
+                acc[2] = acc[2] + val0[block_6 * 1 + 0 * 1 + 0] * x[xb_7 + 0]
+                block_8: T.let = lo0 + j * 4 + 3
+                xb_9: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 3])) * 1
+                acc[3] = acc[3] + val0[block_8 * 1 + 0 * 1 + 0] * x[xb_9 + 0]
             for j in range(count0 % 4):
-                block_9: T.let = lo0 + count0 // 4 * 4 + j
-                xb_10: T.let = (T.Cast("int64", idx0[lo0 + count0 // 4 * 4 + j])) * 1
-                acc[0] = acc[0] + val0[block_9 * 1 + 0 * 1 + 0] * x[xb_10 + 0]
+                block_10: T.let = lo0 + count0 // 4 * 4 + j
+                xb_11: T.let = (T.Cast("int64", idx0[lo0 + count0 // 4 * 4 + j])) * 1
+                acc[0] = acc[0] + val0[block_10 * 1 + 0 * 1 + 0] * x[xb_11 + 0]
             acc[0] = acc[0] + acc[1]
             acc[0] = acc[0] + acc[2]
             acc[0] = acc[0] + acc[3]
-            row: T.let = first + i * 1
-            for b in range(T.min(T.int64(1), N - row)):
-                y[row + b] = y[row + b] + acc[b]
+            for b in range(T.min(T.int64(1), N - row_1)):
+                y[row_1 + b] = y[row_1 + b] + acc[0 + b]
         for out in range(last - first):
-            v_11: T.let = y[first + out]
-            e_12: T.let = T.max(T.min(T.float32(0.0) - v_11, T.float32(89.0)), T.float32(-87.0))
-            sum_13: T.let = T.call_llvm_pure_intrin("float32", "llvm.fmuladd", e_12, T.float32(1.4426950408889634), T.float32(12583039.0))
-            n_14: T.let = sum_13 - T.float32(12583039.0)
-            r_15: T.let = e_12 - n_14 * T.float32(0.693359375) + n_14 * T.float32(0.00021219444)
-            power_16: T.let = T.reinterpret("float32", T.shift_left(T.reinterpret("int32", sum_13), T.int32(23)))
-            p_17: T.let = T.float32(0.0013888889225199819) * r_15 + T.float32(0.008333350531756878)
-            p_18: T.let = p_17 * r_15 + T.float32(0.04166654497385025)
-            p_19: T.let = p_18 * r_15 + T.float32(0.1666666716337204)
-            p_20: T.let = p_19 * r_15 + T.float32(0.5)
-            p_21: T.let = p_20 * r_15 + T.float32(1.0)
-            p_22: T.let = p_21 * r_15 + T.float32(1.0)
-            exp_23: T.let = p_22 * power_16
-            y[first + out] = v_11 / (T.float32(1.0) + exp_23)
+            v_12: T.let = y[first + out]
+            e_13: T.let = T.max(T.min(T.float32(0.0) - v_12, T.float32(89.0)), T.float32(-87.0))
+            sum_14: T.let = T.call_llvm_pure_intrin("float32", "llvm.fmuladd", e_13, T.float32(1.4426950408889634), T.float32(12583039.0))
+            n_15: T.let = sum_14 - T.float32(12583039.0)
+            r_16: T.let = e_13 - n_15 * T.float32(0.693359375) + n_15 * T.float32(0.00021219444)
+            power_17: T.let = T.reinterpret("float32", T.shift_left(T.reinterpret("int32", sum_14), T.int32(23)))
+            p_18: T.let = T.float32(0.0013888889225199819) * r_16 + T.float32(0.008333350531756878)
+            p_19: T.let = p_18 * r_16 + T.float32(0.04166654497385025)
+            p_20: T.let = p_19 * r_16 + T.float32(0.1666666716337204)
+            p_21: T.let = p_20 * r_16 + T.float32(0.5)
+            p_22: T.let = p_21 * r_16 + T.float32(1.0)
+            p_23: T.let = p_22 * r_16 + T.float32(1.0)
+            exp_24: T.let = p_23 * power_17
+            y[first + out] = v_12 / (T.float32(1.0) + exp_24)

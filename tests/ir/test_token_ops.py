@@ -31,11 +31,14 @@ def test_attention(mask: str) -> None:
     masks = {"none": None, "bool": seen, "float": torch.randn(2, 4, 20, 30), "two dimensions": seen[1, 0]}
     masks["expanded"] = seen[:1].expand(2, 4, -1, -1)
     given = masks[mask]
-    y = ATTENTION(q, k, v, None if given is None else KEY_MASK(given), 0.3, "")
+    added = given if given is None or given.dtype != torch.bool else given.float().log()
+    if mask == "expanded":
+        added = seen[:1].float().log().expand(2, 4, -1, -1)
+    y = ATTENTION(q, k, v, None if added is None else KEY_MASK(added, ""), 0.3, "")
     torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, given, scale=0.3, enable_gqa=True))
     assert y.stride() == empty_output(q, 8, "token").stride()
     if mask == "expanded":
-        assert KEY_MASK(given).shape == (1, 1, 30, 20), "a broadcast mask is stored once"
+        assert KEY_MASK(added, "").shape == (1, 1, 30, 20), "a broadcast mask is stored once"
 
 
 WRONG = [("pack", "", "made by layout"), ("layout", "k", "before lower"), ("lower", "", "no kernel")]

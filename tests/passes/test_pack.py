@@ -18,6 +18,8 @@ from sparsecc.passes.context import Choice, Context, Problem
 from sparsecc.passes.pack import Pack, formats_for, tokens_of
 from sparsecc.spec import SparsitySpec, options
 
+SLICED = "sell(4, 64).panels(192)"
+
 TEXT = """\
 # sparsecc program, stage: select
 def program(x: "f32[3, s0, 16]"):
@@ -124,19 +126,19 @@ def weight(kept: float, dtype: torch.dtype = torch.float32) -> Tensor:
     [
         ("block(4, 1)", 0.3, None, torch.float32, ["bsr(4, 1)"]),
         ("block(32, 32, 0.5)", 0.3, None, torch.float32, ["bsr(32, 32)"]),
-        ("block(1, 1)", 0.1, None, torch.float32, ["csr", "csr"]),
-        ("nm(2, 4)", 0.5, None, torch.float32, ["nm(2, 4)", "csr", "bitmap"]),
-        ("nm(1, 8)", 0.1, None, torch.float32, ["nm(1, 8)", "csr"]),
-        ("unstructured", 0.1, None, torch.float32, ["csr"]),
-        ("unstructured(0.5)", 0.5, None, torch.float32, ["csr", "bitmap"]),
-        ("rows", 0.1, None, torch.float32, ["csr"]),
-        ("unstructured", 0.1, "f16", torch.float32, ["csr.f16"]),
-        ("unstructured", 0.1, None, torch.bfloat16, ["csr.bf16"]),
-        ("unstructured", 0.1, "f32", torch.bfloat16, ["csr"]),
+        ("block(1, 1)", 0.1, None, torch.float32, ["csr", SLICED]),
+        ("nm(2, 4)", 0.5, None, torch.float32, ["nm(2, 4)", SLICED, "csr", "bitmap"]),
+        ("nm(1, 8)", 0.1, None, torch.float32, ["nm(1, 8)", SLICED, "csr"]),
+        ("unstructured", 0.1, None, torch.float32, [SLICED, "csr"]),
+        ("unstructured(0.5)", 0.5, None, torch.float32, [SLICED, "csr", "bitmap"]),
+        ("rows", 0.1, None, torch.float32, [SLICED, "csr"]),
+        ("unstructured", 0.1, "f16", torch.float32, ["sell(4, 64).f16.panels(192)", "csr.f16"]),
+        ("unstructured", 0.1, None, torch.bfloat16, ["sell(4, 64).bf16.panels(192)", "csr.bf16"]),
+        ("unstructured", 0.1, "f32", torch.bfloat16, [SLICED, "csr"]),
         ("block(4, 1)", 0.1, None, torch.float16, ["bsr(4, 1).f16"]),
     ],
 )
 def test_formats_for(pattern: str, kept: float, codec: str | None, dtype: torch.dtype, formats: list[str]) -> None:
-    found = formats_for(parse_pattern(pattern), weight(kept, dtype), codec)
+    found = formats_for(parse_pattern(pattern), weight(kept, dtype), codec, 16)
     assert [str(f) for f in found] == formats
     assert all(parse_format(text) == fmt for text, fmt in zip(formats, found, strict=True))

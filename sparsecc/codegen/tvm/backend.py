@@ -20,6 +20,7 @@ from sparsecc.codegen.tvm.spmm import spmm_source
 from sparsecc.codegen.tvm.spmv import spmv_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source
 from sparsecc.debug import cache_dir
+from sparsecc.formats import Sell
 
 _LOCK = threading.Lock()
 _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
@@ -61,6 +62,8 @@ class TvmBackend:
         if spec.regime == "one":
             return [CpuConfig(1, unroll) for unroll in (4, 8)]
         rows = max(fmt.block[0] for fmt in spec.formats)
+        if any(isinstance(fmt.level, Sell) for fmt in spec.formats):
+            return [CpuConfig(4 if self.isa.registers > 16 else 2, 1), CpuConfig(1, 1)]
         if rows == 1:
             return [CpuConfig(4, 4), CpuConfig(4, 2), CpuConfig(2, 4)]
         return [CpuConfig(2, 2), CpuConfig(4, 1), CpuConfig(4, 2), CpuConfig(1, 4)]
@@ -69,9 +72,7 @@ class TvmBackend:
         """TVMScript of the kernel named after its family, `spmm` or `spmv`."""
         if spec.regime == "one":
             return spmv_source(spec, config.unroll, self.isa.lanes)
-        rows = math.lcm(*(fmt.block[0] for fmt in spec.formats))
-        chunk = -(-config.chunk // rows) * rows
-        return spmm_source(spec, config.vectors, config.unroll, chunk, self.isa.lanes, self.isa.registers)
+        return spmm_source(spec, config.vectors, config.unroll, whole_chunk(spec, config), self.isa.lanes, self.isa.registers)
 
     def load(self, source: str) -> Callable[..., Any]:
         """Compile (about a second) or look up; takes pointers as ctypes.c_void_p and sizes as int."""
@@ -91,6 +92,12 @@ class TvmBackend:
     def pack_tokens(self) -> Callable[..., Any]:
         """Token-minor activations into tiles."""
         return _mover(self, "tokens")
+
+
+def whole_chunk(spec: KernelSpec, config: CpuConfig) -> int:
+    """The config's rows per task, rounded up to whole windows of blocks."""
+    rows = math.lcm(*(fmt.block[0] * fmt.level.window for fmt in spec.formats))
+    return -(-config.chunk // rows) * rows
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sparsecc.codegen.tvm.writer import Writer
-from sparsecc.formats import Bitmap, Compressed, Dense, Format
+from sparsecc.formats import Bitmap, Compressed, Dense, Format, Sell
 from sparsecc.formats.level import NM
 
 Body = Callable[[str, str, int], None]
@@ -14,7 +14,7 @@ Body = Callable[[str, str, int], None]
 
 def pointers(fmt: Format, wide: bool, t: int) -> dict[str, str]:
     """The arrays of term `t`, in the order of `fmt.components()`: parameter name -> element dtype."""
-    dtypes = {"ptr": "int32", "idx": "int32" if wide else "uint16", "bits": "uint16"}
+    dtypes = {"ptr": "int32", "order": "uint16", "idx": "int32" if wide else "uint16", "bits": "uint16"}
     if isinstance(fmt.level, NM):
         dtypes["idx"] = "uint8"
     dtypes["val"] = {"f32": "float32", "bf16": "uint16", "f16": "float16"}[str(fmt.codec)]
@@ -31,9 +31,43 @@ def value(fmt: Format, t: int, offset: str, lanes: int = 1) -> str:
     return load if str(fmt.codec) == "f32" else f'T.Cast("float32{suffix}", {load})'
 
 
+def slices(fmt: Format) -> int:
+    """Rows of blocks that a loop over entries walks at once."""
+    return fmt.level.c if isinstance(fmt.level, Sell) else 1
+
+
+def rows_of_blocks(fmt: Format) -> str:
+    """How many rows of blocks N rows have, the level's windows filled up."""
+    window = fmt.level.window
+    rows = f"((N + {fmt.block[0] * window - 1}) // {fmt.block[0] * window})"
+    return rows if window == 1 else f"{rows} * {window}"
+
+
+def write_parents(w: Writer, fmt: Format, t: int, panel: str, i: str) -> list[str]:
+    """Bind `parent{t}` to what `write_entries` walks in step `i` of the rows from `first` on; returns the first row of each of its
+    rows of blocks. `panel` is the offset of the panel's parents, or ""."""
+    br = fmt.block[0]
+    if not isinstance(fmt.level, Sell):
+        w(f"parent{t}: T.let = {panel}first // {br} + {i}")
+        return [w.let("row", f"first + {i} * {br}")]
+    c, sigma = fmt.level.c, fmt.level.sigma
+    w(f"position{t}: T.let = {panel}first // {br} + {i} * {c}")
+    w(f"parent{t}: T.let = position{t} // {c}")
+    w(f"window{t}: T.let = first + {i} // {sigma // c} * {sigma * br}")
+    return [w.let("row", f'window{t} + T.Cast("int64", order{t}[position{t} + {q}]) * {br}') for q in range(c)]
+
+
 def write_entries(w: Writer, fmt: Format, t: int, parent: str, coords: str, unroll: int, sets: int, body: Body) -> None:
-    """Loop over the kept blocks of `parent` (of `coords` coordinates), calling `body` with accumulator sets 0..sets-1 in turn."""
+    """Loop over the kept blocks of `parent` (of `coords` coordinates), calling `body` with accumulator sets 0..sets-1 in turn; in
+    slices of rows, with the row's number in the slice."""
     match fmt.level:
+        case Sell(c=c):
+            w(f'lo{t}: T.let = T.Cast("int64", ptr{t}[{parent}])')
+            w(f'count{t}: T.let = T.Cast("int64", ptr{t}[{parent} + T.int64(1)]) - lo{t}')
+            with w.block(f"for j in range(count{t}):"):
+                for q in range(c):
+                    j = f"(lo{t} + j) * {c} + {q}"
+                    body(j, f'T.Cast("int64", idx{t}[{j}])', q)
         case Compressed():
             w(f'lo{t}: T.let = T.Cast("int64", ptr{t}[{parent}])')
             w(f'count{t}: T.let = T.Cast("int64", ptr{t}[{parent} + T.int64(1)]) - lo{t}')

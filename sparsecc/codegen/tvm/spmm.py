@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
-from sparsecc.codegen.tvm.entries import pointers, value, write_entries
+from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, value, write_entries, write_parents
 from sparsecc.codegen.tvm.tiles import write_parts, write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
@@ -86,46 +86,57 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: 
 
 def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, registers: int) -> None:
     fmt = spec.formats[t]
-    br = fmt.block[0]
-    rows = max(r for r in range(1, br + 1) if br % r == 0 and (r == 1 or (r * tile.vectors <= registers and r <= 8)))
-    sets = max(1, min(unroll * fmt.block[1], registers // (rows * tile.vectors), 4))
+    br, c = fmt.block[0], slices(fmt)
+    fits = lambda r: r == 1 or (r * tile.vectors * c <= registers and r <= 8)  # noqa: E731
+    rows = max(r for r in range(1, br + 1) if br % r == 0 and fits(r))
+    sets = c if c > 1 else max(1, min(unroll * fmt.block[1], registers // (rows * tile.vectors), 4))
     panels = isinstance(fmt.swizzle, Panels)
-    parents = f"((N + {br - 1}) // {br})"
-    sub = f"sub * {rows}" if br > rows else "0"
-    with w.block_if(panels, f"for p{t} in range(P{t}):"), w.block(f"for i in range((last - first + {br - 1}) // {br}):"):
-        with w.block_if(br > rows, f"for sub in range({br // rows}):"):
-            w(f"row: T.let = first + i * {br} + {sub}")
-            w(f"parent: T.let = {f'p{t} * {parents} + ' if panels else ''}first // {br} + i")
-            registers_of = w.registers("acc", sets * rows, tile.vectors, tile.lanes)
-            acc = lambda s, b, r: registers_of(s * rows + b, r)  # noqa: E731
-            y = lambda b, r: tile.out(f"row + {b}", r)  # noqa: E731
-            _write_start(w, spec, t, tile, rows, sets, acc, y, panels)
-            xk = f"p{t} * C{t} + " if panels else ""
-            _write_products(w, fmt, t, tile, unroll, rows, sets, acc, xk, sub)
+    step = br * fmt.level.window
+    with (
+        w.block_if(panels, f"for p{t} in range(P{t}):"),
+        w.block(f"for i in range((last - first + {step - 1}) // {step}{f' * {fmt.level.window // c}' if fmt.level.window > 1 else ''}):"),
+        w.block_if(br > rows, f"for sub in range({br // rows}):"),
+    ):
+        firsts = write_parents(w, fmt, t, f"p{t} * {rows_of_blocks(fmt)} + " if panels else "", "i")
+        sub = f"sub * {rows}" if br > rows else "0"
+        if br > rows:
+            firsts = [f"{first} + {sub}" for first in firsts]
+        registers_of = w.registers("acc", sets * rows, tile.vectors, tile.lanes)
+        acc = lambda s, b, r: registers_of(s * rows + b, r)  # noqa: E731
+        for q, first in enumerate(firsts):
+            _write_start(w, spec, t, tile, first, rows, acc, q, panels)
+        for s in range(len(firsts), sets):
             for b in range(rows):
-                with _guard(w, spec, b):
+                for r in range(tile.vectors):
+                    w(f"{acc(s, b, r)} = {splat('T.float32(0)', tile.lanes)}")
+        _write_products(w, fmt, t, tile, unroll, rows, sets, acc, f"p{t} * C{t} + " if panels else "", sub)
+        for q, first in enumerate(firsts):
+            for b in range(rows):
+                with _guard(w, spec, first, b):
                     for r in range(tile.vectors):
-                        total = " + ".join(acc(s, b, r) for s in range(sets))
-                        w(f"{y(b, r)} = {total}")
-            residual = spec.residual and spec.layout == "token"
-            if t == len(spec.formats) - 1 and (spec.epilogue or residual):
-                with w.block_if(panels, f"if p{t} == P{t} - 1:"):
-                    _write_end(w, spec, tile, rows, residual)
+                        total = " + ".join(acc(s, b, r) for s in range(q, sets, len(firsts)))
+                        w(f"{tile.out(f'{first} + {b}', r)} = {total}")
+        residual = spec.residual and spec.layout == "token"
+        if t == len(spec.formats) - 1 and (spec.epilogue or residual):
+            with w.block_if(panels, f"if p{t} == P{t} - 1:"):
+                for first in firsts:
+                    _write_end(w, spec, tile, first, rows, residual)
 
 
-def _guard(w: Writer, spec: KernelSpec, b: int):
-    """Rows past N exist only where N isn't a multiple of the block's rows."""
-    return w.block_if(spec.ragged, f"if row + {b} < N:")
+def _guard(w: Writer, spec: KernelSpec, row: str, b: int):
+    """Rows past N exist only where N isn't a multiple of the block's rows, or of a window of those."""
+    return w.block_if(spec.ragged, f"if {row} + {b} < N:")
 
 
-def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, rows: int, sets: int, acc, y, panels: bool) -> None:
+def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, row: str, rows: int, acc, s: int, panels: bool) -> None:
     """Accumulators start at the bias, or at what earlier terms and panels left in y."""
 
     def start(from_bias: bool) -> None:
         for b in range(rows):
-            with _guard(w, spec, b):
+            with _guard(w, spec, row, b):
                 for r in range(tile.vectors):
-                    w(f"{acc(0, b, r)} = {splat(f'bias[row + {b}]', tile.lanes) if from_bias else y(b, r)}")
+                    left = tile.out(f"{row} + {b}", r)
+                    w(f"{acc(s, b, r)} = {splat(f'bias[{row} + {b}]', tile.lanes) if from_bias else left}")
 
     if t:
         start(False)
@@ -136,10 +147,6 @@ def _write_start(w: Writer, spec: KernelSpec, t: int, tile: Tile, rows: int, set
             start(False)
     else:
         start(True)
-    for s in range(1, sets):
-        for b in range(rows):
-            for r in range(tile.vectors):
-                w(f"{acc(s, b, r)} = {splat('T.float32(0)', tile.lanes)}")
 
 
 def _write_products(
@@ -156,18 +163,18 @@ def _write_products(
                 k = f"cc * {step} + {c}" if bc > step else f"{c}"
                 for b in range(rows):
                     for r in range(tile.vectors):
-                        a = acc((s * bc + c) % sets, b, r)
+                        a = acc(s if slices(fmt) > 1 else (s * bc + c) % sets, b, r)
                         weight = splat(value(fmt, t, f"({first} * {bc} + {k}) * {br} + {sub} + {b}"), tile.lanes)
                         w(f"{a} = {a} + {weight} * {vec('x', f'{xb} + ({k}) * x_stride + {r * tile.lanes}', tile.lanes)}")
 
-    write_entries(w, fmt, t, "parent", f"C{t}", 1 if bc > 4 else unroll, sets if bc == 1 else 1, block)
+    write_entries(w, fmt, t, f"parent{t}", f"C{t}", 1 if bc > 4 else unroll, sets if bc == 1 else 1, block)
 
 
-def _write_end(w: Writer, spec: KernelSpec, tile: Tile, rows: int, residual: bool) -> None:
-    with w.block(f"for e_row in range(T.min(T.int64({rows}), N - row)):"):
-        outs = [tile.out("row + e_row", r) for r in range(tile.vectors)]
+def _write_end(w: Writer, spec: KernelSpec, tile: Tile, row: str, rows: int, residual: bool) -> None:
+    with w.block(f"for e_row in range(T.min(T.int64({rows}), N - ({row}))):"):
+        outs = [tile.out(f"{row} + e_row", r) for r in range(tile.vectors)]
         results = write_activation(w, spec.epilogue, outs, tile.lanes) if spec.epilogue else outs
         for r, (out, result) in enumerate(zip(outs, results, strict=True)):
-            at = f"rt + (row + e_row) * res_stride + {tile.offset} + {r * tile.lanes}"
+            at = f"rt + ({row} + e_row) * res_stride + {tile.offset} + {r * tile.lanes}"
             plus = f" + {vec('res', at, tile.lanes)}" if residual else ""
             w(f"{out} = {result}{plus}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
-from sparsecc.codegen.tvm.entries import pointers, value, write_entries
+from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, value, write_entries, write_parents
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
 
@@ -44,27 +44,31 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, unroll: int, lanes: int) ->
     along_rows = max(v for v in (lanes, lanes // 2, lanes // 4, 4, 2, 1) if br % v == 0) if br > 1 else 1
     along_cols = max(v for v in (lanes, lanes // 2, 4, 2, 1) if bc % v == 0) if br == 1 else 1
     width = max(along_rows, along_cols)
-    parts = br // along_rows
-    sets = max(1, min(unroll, 16 // parts)) if bc // along_cols == 1 else 1
-    with w.block_if(panels, f"for p{t} in range(P{t}):"), w.block(f"for i in range((last - first + {br - 1}) // {br}):"):
-        parents = f"((N + {br - 1}) // {br})"
-        w(f"parent: T.let = {f'p{t} * {parents} + ' if panels else ''}first // {br} + i")
+    parts, c = br // along_rows, slices(fmt)
+    sets = c if c > 1 else max(1, min(unroll, 16 // parts)) if bc // along_cols == 1 else 1
+    step = br * fmt.level.window
+    with (
+        w.block_if(panels, f"for p{t} in range(P{t}):"),
+        w.block(f"for i in range((last - first + {step - 1}) // {step}{f' * {fmt.level.window // c}' if fmt.level.window > 1 else ''}):"),
+    ):
+        rows = write_parents(w, fmt, t, f"p{t} * {rows_of_blocks(fmt)} + " if panels else "", "i")
         w(f'acc = T.alloc_buffer(({sets * parts * width},), "float32", scope="global")')
         acc = lambda s, q: vec("acc", (s * parts + q) * width, width)  # noqa: E731
         for s in range(sets):
             for q in range(parts):
                 w(f"{acc(s, q)} = {splat('T.float32(0)', width)}")
         _write_products(w, fmt, t, unroll, sets, parts, width, along_cols, acc, f"p{t} * C{t} + " if panels else "")
-        for s in range(1, sets):
+        for s in range(len(rows), sets):
             for q in range(parts):
                 w(f"{acc(0, q)} = {acc(0, q)} + {acc(s, q)}")
-        w(f"row: T.let = first + i * {br}")
-        if along_cols > 1:
-            total = " + ".join(f"acc[{lane}]" for lane in range(along_cols))
-            w(f"y[row] = y[row] + ({total})")
-        else:
-            with w.block(f"for b in range(T.min(T.int64({br}), N - row)):"):
-                w("y[row + b] = y[row + b] + acc[b]")
+        for s, row in enumerate(rows):
+            if along_cols > 1:
+                total = " + ".join(f"acc[{s * width + lane}]" for lane in range(along_cols))
+                with w.block_if(c > 1, f"if {row} < N:"):
+                    w(f"y[{row}] = y[{row}] + ({total})")
+            else:
+                with w.block(f"for b in range(T.min(T.int64({br}), N - {row})):"):
+                    w(f"y[{row} + b] = y[{row} + b] + acc[{s * parts * width} + b]")
 
 
 def _write_products(
@@ -83,4 +87,4 @@ def _write_products(
                 x = vec("x", f"{xb} + {cc} * {along_cols}", along_cols) if along_cols > 1 else splat(f"x[{xb} + {cc}]", width)
                 w(f"{acc(s, q)} = {acc(s, q)} + {weight} * {x}")
 
-    write_entries(w, fmt, t, "parent", f"C{t}", unroll if bc // along_cols == 1 else 1, sets, block)
+    write_entries(w, fmt, t, f"parent{t}", f"C{t}", unroll if bc // along_cols == 1 else 1, sets, block)
