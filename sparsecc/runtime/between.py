@@ -12,10 +12,10 @@ from torch import Tensor
 from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.norm import NormSpec, norm_source
-from sparsecc.codegen.tvm.tiles import pack_rows_source
+from sparsecc.codegen.tvm.tiles import SPAN, pack_rows_source
 from sparsecc.errors import ShapeError
 from sparsecc.ir.ops import TOKEN_TILE
-from sparsecc.runtime.record import call, empty
+from sparsecc.runtime.record import call, empty, span_of
 from sparsecc.runtime.tokens import Tokens, move, sequences, token_minor, token_output
 
 VECTORS = 4
@@ -44,9 +44,9 @@ class NormKernel:
             return y
         t = token_minor(self.backend, x)
         per = -(-t.S // (VECTORS * self.backend.isa.lanes))
-        strides = (y.stride(-1), N * y.stride(-1)) if token else (N, 0)
+        steps = sequences(y).steps if token else (N, 0, 0)
         parts = (t.tensor, y, weight, weight if bias is None else bias)
-        call(self.code, *(c_void_p(p.data_ptr()) for p in parts), _number(eps), t.S, N, t.B * per, per, t.by_feature, t.by_batch, *strides)
+        call(self.code, *(c_void_p(p.data_ptr()) for p in parts), _number(eps), t.S, N, t.B * per, per, *t.steps, *steps)
         return y
 
 
@@ -69,33 +69,37 @@ class AttentionKernel:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         B, H, S, D = q.shape
-        y = token_output(D, (B, H, S))
+        y = token_output(H * D, (B, S)).view(B, S, H, D).transpose(1, 2)
         if y.numel() == 0 or k.shape[2] == 0:
             return y.zero_()
         q, k, v = (self._usable(value) for value in (q, k, v))
-        pointers, mask_strides = [q, k, v, y], (0, 0, 0)
-        ints = [stride for value in (q, k, v, y) for stride in (value.stride(3), value.stride(1), value.stride(0))]
+        pointers, mask_steps = [q, k, v, y], (0, 0, 0, 0)
+        ints = [step for value in (q, k, v, y) for step in (value.stride(3), span_of(value) or SPAN, value.stride(1), value.stride(0))]
         number = _number(scale)
         addresses = [*(c_void_p(p.data_ptr()) for p in pointers), number]
         if mask is not None:
             if mask.shape[2:] != (k.shape[2], S):
                 raise ShapeError(f"attention: the mask is {list(mask.shape)}, wanted keys x queries {[k.shape[2], S]} last: see key_mask")
             addresses.append(c_void_p(mask.data_ptr()))
-            mask_strides = (mask.stride(2), mask.stride(1) if mask.shape[1] > 1 else 0, mask.stride(0) if mask.shape[0] > 1 else 0)
+            by_batch, by_head = (mask.stride(dim) if mask.shape[dim] > 1 else 0 for dim in (0, 1))
+            mask_steps = (mask.stride(2), span_of(mask) or SPAN, by_head, by_batch)
         per = -(-S // (VECTORS * self.backend.isa.lanes))
-        call(self.code, *addresses, S, k.shape[2], H, H // k.shape[1], B * H * per, per, *ints, *mask_strides)
+        call(self.code, *addresses, S, k.shape[2], H, H // k.shape[1], B * H * per, per, *ints, *mask_steps)
         return y
 
     def _usable(self, value: Tensor) -> Tensor:
         """Token-minor [B, H, S, D], readable in whole vectors."""
+        if span_of(value) is not None:
+            return value
         B, H, S, D = value.shape
         by_batch, by_head, by_token, by_feature = value.stride()
         flat = Tokens(value, 1, S, 0, by_token if S > 1 else 1, by_feature)
         end = (B - 1) * by_batch + (H - 1) * by_head + value.storage_offset() + (D - 1) * by_feature + -(-S // TOKEN_TILE) * TOKEN_TILE
         if flat.in_place(D) and by_head % TOKEN_TILE == 0 == by_batch % TOKEN_TILE and 4 * end <= value.untyped_storage().nbytes():
             return value
-        made = token_minor(self.backend, value.contiguous())
-        return made.tensor.view(B, H, D, -1).transpose(2, 3)[:, :, :S]
+        copy = token_output(D, (B, H, S))
+        move(self.backend, sequences(value.contiguous()), sequences(copy), D)
+        return copy
 
 
 class MaskKernel:
@@ -112,8 +116,7 @@ class MaskKernel:
         B, H, S, Sk = mask.shape
         made = token_output(Sk, (B, H, S))
         if mask.numel():
-            strides = made.stride(3), 0, made.stride(1), made.stride(3)
-            move(self.backend, sequences(mask.reshape(B * H, S, Sk)), made, Sk, Sk, strides)
+            move(self.backend, sequences(mask), sequences(made), Sk)
         return made.transpose(2, 3)
 
 

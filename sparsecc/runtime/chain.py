@@ -25,7 +25,7 @@ from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
 from sparsecc.ir.program import Program, get_attr, make_module
 from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
-from sparsecc.runtime.record import Pool, Recorder, Replay
+from sparsecc.runtime.record import NotAView, Pool, Recorder, Replay
 
 aten = torch.ops.aten
 KINDS: dict[Any, Any] = {LINEAR: ops.linear, NORM: token_ops.norm, ATTENTION: token_ops.attention, KEY_MASK: token_ops.key_mask}
@@ -55,8 +55,12 @@ class Chain:
         plan = plans.get(key)
         if plan is not None:
             return plan(tensors)
-        with Recorder(_pool()) as recorder:
-            outputs = self.run(tensors, sizes)
+        try:
+            with Recorder(_pool(), spanned=True) as recorder:
+                outputs = self.run(tensors, sizes, recorder)
+        except NotAView:
+            with Recorder(_pool()) as recorder:
+                outputs = self.run(tensors, sizes)
         plan = Replay.of(recorder, tensors, outputs)
         if plan is not None:
             while len(plans) >= PLANS:
@@ -64,9 +68,9 @@ class Chain:
             plans[key] = plan
         return [_own(output) for output in outputs]
 
-    def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any]) -> list[Tensor]:
-        """Node by node."""
-        return list(_Run(self.gm).run(*tensors, *sizes, enable_io_processing=False))
+    def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any], recorder: Recorder | None = None) -> list[Tensor]:
+        """Node by node. What lies in spans for a recorder that asks for it is no result."""
+        return list(_Run(self.gm, recorder).run(*tensors, *sizes, enable_io_processing=False))
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,15 @@ class Result:
 
 class _Run(fx.Interpreter):
     """Calls implementations directly; on fake tensors, the ops themselves, with stand-ins for the weights."""
+
+    def __init__(self, gm: fx.GraphModule, recorder: Recorder | None) -> None:
+        super().__init__(gm)
+        self.recorder, self.results = recorder, set(gm.graph.output_node().all_input_nodes)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self.recorder is not None:
+            self.recorder.spanned = n not in self.results
+        return super().run_node(n)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.fake = any(isinstance(a, FakeTensor) for a in args)

@@ -17,7 +17,7 @@ from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, whole_chunk
 from sparsecc.formats import Dense, Format, Panels
 from sparsecc.formats.level import NM
 from sparsecc.runtime.record import call, empty
-from sparsecc.runtime.tokens import move, rows, sequences, token_minor, token_output
+from sparsecc.runtime.tokens import rows, sequences, token_minor, token_output
 
 Pointers = tuple[c_void_p, ...]
 
@@ -87,30 +87,22 @@ class LinearKernel:
         return token_output(N, lead).copy_(y.view(*lead, N)) if token else y
 
     def _tokens(self, x: Tensor, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
-        N, K = self.shape
-        width, padded_k = self._width, self._padded_k
-        token = self.spec.layout == "token"
+        N, token = self.shape[0], self.spec.layout == "token"
         t = sequences(x)
-        in_place = padded_k == K and t.in_place(K)
-        if not (in_place or token):  # one sequence of all rows fills the tiles better
-            t = rows(x)
-        per = -(-t.S // width)
-        if in_place:
-            start, strides = c_void_p(t.tensor.data_ptr()), (t.by_feature, width, t.by_batch)
-        else:
-            tiles, tile = empty(t.B * per * padded_k * width), padded_k * width
-            start, strides = c_void_p(tiles.data_ptr()), (width, tile, per * tile)
-            move(self.backend, t, tiles, K, padded_k, (*strides, width))
+        if not (token or (self._padded_k == self.shape[1] and t.in_place(self.shape[1]))):
+            t = rows(x)  # one sequence of all rows fills the tiles better
+        t = token_minor(self.backend, t, self._padded_k)
+        per = -(-t.S // self._width)
         y = token_output(N, lead) if token else empty(*lead, N)
-        pointers, res_strides = [start, c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())], (0, 0)
+        pointers = [c_void_p(t.tensor.data_ptr()), c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())]
+        y_steps, res_steps = sequences(y).steps if token else (N, 0, 0), (0, 0, 0)
         if res is not None:
             r = token_minor(self.backend, res) if token else rows(res)
             if not token and r.by_feature != 1:
                 r = rows(res.contiguous())
-            res_strides = (r.by_feature, r.by_batch) if token else (r.by_token, 0)
+            res_steps = r.steps if token else (r.by_token, 0, 0)
             pointers.append(c_void_p(r.tensor.data_ptr()))
-        y_strides = (y.stride(-1), N * y.stride(-1)) if token else (N, 0)
-        call(self._many(), *pointers, *arrays, t.S, N, t.B * per, per, *strides, *y_strides, *res_strides, *self._sizes)
+        call(self._many(), *pointers, *arrays, t.S, N, t.B * per, per, *t.steps, *y_steps, *res_steps, *self._sizes)
         return y
 
     def _pointers(self, params: list[Tensor]) -> Pointers:

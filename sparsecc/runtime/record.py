@@ -6,6 +6,7 @@ the addresses of the chain's inputs and outputs are new.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
@@ -53,13 +54,23 @@ def _holders(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
 
 
+class NotAView(Exception):
+    """torch would have read a value that lies in spans."""
+
+
 @dataclass
 class Recorder(TorchDispatchMode):
-    """Collects the kernel calls of one run. `foreign` names what torch computed meanwhile, if anything."""
+    """Collects the kernel calls of one run. `foreign` names what torch computed meanwhile, if anything.
+
+    With `spanned`, token-minor results lie in spans (see codegen/tvm/tiles.py). No stride says so: such a tensor is only right about its
+    first span, serves as address, sizes and other strides, and is known by its storage. `spans` has the distance of its spans.
+    """
 
     pool: Pool
+    spanned: bool = False
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)
     foreign: str = ""
+    spans: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -69,6 +80,8 @@ class Recorder(TorchDispatchMode):
         copied = func in RESHAPES and result.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr()
         if copied or func not in HARMLESS | RESHAPES:
             self.foreign = str(func)
+            if self.spans and any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() in self.spans for a in args):
+                raise NotAView(self.foreign)
         return result
 
     def __enter__(self) -> Recorder:
@@ -93,10 +106,27 @@ def empty(*shape: int) -> Tensor:
     recorder = getattr(_LOCAL, "recorder", None)
     if recorder is None:
         return torch.empty(shape)
-    floats = 1
-    for size in shape:
-        floats *= size
-    return recorder.pool.empty(floats)[:floats].view(shape)
+    floats = math.prod(shape)
+    buffer = recorder.pool.empty(floats)
+    recorder.spans.pop(buffer.data_ptr(), None)
+    return buffer[:floats].view(shape)
+
+
+def spanned() -> bool:
+    """Whether token-minor results are to lie in spans."""
+    recorder = getattr(_LOCAL, "recorder", None)
+    return recorder is not None and recorder.spanned
+
+
+def span_of(tensor: Tensor) -> int | None:
+    """Floats between a value's spans; None if it is what its strides say."""
+    recorder = getattr(_LOCAL, "recorder", None)
+    return None if recorder is None else recorder.spans.get(tensor.untyped_storage().data_ptr())
+
+
+def set_span(tensor: Tensor, floats: int) -> None:
+    """The tensor's storage holds spans at this distance."""
+    _LOCAL.recorder.spans[tensor.untyped_storage().data_ptr()] = floats
 
 
 @dataclass(frozen=True)

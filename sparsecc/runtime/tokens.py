@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
 from sparsecc.codegen.tvm.backend import TvmBackend
-from sparsecc.ir.ops import TOKEN_TILE, token_row, token_storage
-from sparsecc.runtime.record import call, empty
+from sparsecc.codegen.tvm.tiles import SPAN
+from sparsecc.ir.ops import TOKEN_TILE, token_storage
+from sparsecc.runtime.record import call, empty, set_span, span_of, spanned
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A tensor [..., S, F] as B sequences of S tokens, by its strides, without a view being made."""
+    """A tensor [..., S, F] as B sequences of S tokens, by its strides, without a view being made. by_span: between spans of tokens,
+    see codegen/tvm/tiles.py."""
 
     tensor: Tensor
     B: int
@@ -24,9 +28,17 @@ class Tokens:
     by_batch: int
     by_token: int
     by_feature: int
+    by_span: int = SPAN
+
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """As kernels take them."""
+        return self.by_feature, self.by_span, self.by_batch
 
     def in_place(self, features: int) -> bool:
         """Token-minor and readable up to the next full vector of tokens: a kernel may use it where it is."""
+        if self.by_span != SPAN:
+            return True
         padded = -(-self.S // TOKEN_TILE) * TOKEN_TILE
         if self.by_token != 1 or self.by_feature % TOKEN_TILE or self.by_feature < padded or self.by_batch % TOKEN_TILE:
             return False
@@ -41,8 +53,11 @@ def sequences(tensor: Tensor) -> Tokens:
     by_batch = walk(shape[:-2], strides[:-2])
     if by_batch is None:
         return sequences(tensor.contiguous())
-    by_token = strides[-2] if len(shape) > 1 and shape[-2] > 1 else 1
-    return Tokens(tensor, B, shape[-2] if len(shape) > 1 else 1, by_batch if B > 1 else 0, by_token, strides[-1] if shape[-1] > 1 else 1)
+    S, by_token = (shape[-2], strides[-2]) if len(shape) > 1 else (1, 1)
+    span = span_of(tensor)
+    if span is not None:
+        return Tokens(tensor, B, S, by_batch if B > 1 else 0, 1, strides[-1], span)
+    return Tokens(tensor, B, S, by_batch if B > 1 else 0, by_token if S > 1 else 1, strides[-1] if shape[-1] > 1 else 1)
 
 
 def rows(tensor: Tensor) -> Tokens:
@@ -71,29 +86,40 @@ def walk(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 def token_output(features: int, lead: Sequence[int]) -> Tensor:
     """A fresh token-minor [*lead, N]."""
+    if spanned():
+        made = in_spans(math.prod(lead[:-1]), lead[-1] if lead else 1, features)
+        set_span(made.tensor, made.by_span)
+        batches = list(accumulate(reversed(lead[1:-1]), operator.mul, initial=1))[::-1] if len(lead) > 1 else []
+        return made.tensor.as_strided((*lead, features), (*(b * made.by_batch for b in batches), *([1] if lead else []), made.by_feature))
     shape, strides = token_storage(lead, features)
     return empty(*shape).as_strided((*lead, features), strides)
 
 
-def token_minor(backend: TvmBackend, value: Tensor) -> Tokens:
-    """Usable by a kernel as token-minor vectors: as it is, or a copy."""
-    tokens = sequences(value)
-    features = value.shape[-1]
-    if tokens.in_place(features):
+def in_spans(B: int, S: int, features: int) -> Tokens:
+    """Memory for B sequences of S tokens."""
+    width = min(SPAN, -(-S // TOKEN_TILE) * TOKEN_TILE)
+    span = features * width
+    return Tokens(empty(B * -(-S // SPAN) * span), B, S, -(-S // SPAN) * span, 1, width, span)
+
+
+def token_minor(backend: TvmBackend, value: Tensor | Tokens, padded: int = 0) -> Tokens:
+    """Usable by a kernel as token-minor vectors of at least `padded` features: as it is, or a copy."""
+    tokens = value if isinstance(value, Tokens) else sequences(value)
+    features = tokens.tensor.shape[-1]
+    if padded <= features and tokens.in_place(features):
         return tokens
-    length = token_row(tokens.S)
-    copy = empty(tokens.B, features, length)
-    move(backend, tokens, copy, features, features, (length, 0, features * length, length))
-    return Tokens(copy, tokens.B, tokens.S, features * length, 1, length)
+    made = in_spans(tokens.B, tokens.S, max(padded, features))
+    move(backend, tokens, made, features)
+    return made
 
 
-def move(backend: TvmBackend, x: Tokens, to: Tensor, features: int, padded: int, place: tuple[int, int, int, int]) -> None:
-    """Write x as vectors of tokens; `place`: stride, tile, batch and width of the destination (see codegen/tvm/tiles.py)."""
+def move(backend: TvmBackend, x: Tokens, to: Tokens, features: int) -> None:
+    """Write x as token-minor vectors, with zeros for the features that x lacks."""
     if x.by_feature != 1 and x.by_token != 1:
         x = sequences(x.tensor.contiguous().view(x.B, x.S, features))
-    by_rows = x.by_feature == 1
+    by_rows = x.by_feature == 1 and x.by_span == SPAN
     code = backend.pack_rows() if by_rows else backend.pack_tokens()
     stride = x.by_token if by_rows else x.by_feature
-    y_stride, y_tile, y_batch, width = place
-    addresses = c_void_p(x.tensor.data_ptr()), c_void_p(to.data_ptr())
-    call(code, *addresses, x.B, x.S, features, padded, stride, x.by_batch, y_stride, y_tile, y_batch, width)
+    padded = to.by_span // to.by_feature if to.by_span != SPAN else features
+    addresses = c_void_p(x.tensor.data_ptr()), c_void_p(to.tensor.data_ptr())
+    call(code, *addresses, x.B, x.S, features, padded, stride, x.by_span, x.by_batch, *to.steps)

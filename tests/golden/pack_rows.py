@@ -1,5 +1,5 @@
 @T.prim_func(s_tir=True)
-def pack_rows(x_h: T.handle("float32"), y_h: T.handle("float32"), B: T.int64, S: T.int64, K: T.int64, padded_k: T.int64, x_stride: T.int64, x_batch: T.int64, y_stride: T.int64, y_tile: T.int64, y_batch: T.int64, width: T.int64):
+def pack_rows(x_h: T.handle("float32"), y_h: T.handle("float32"), B: T.int64, S: T.int64, K: T.int64, padded_k: T.int64, x_stride: T.int64, x_span: T.int64, x_batch: T.int64, y_stride: T.int64, y_span: T.int64, y_batch: T.int64):
     T.func_attr({"tirx.noalias": True, "global_symbol": "pack_rows"})
     x = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=x_h, align=4)
     y = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=y_h, align=4)
@@ -24,7 +24,7 @@ def pack_rows(x_h: T.handle("float32"), y_h: T.handle("float32"), B: T.int64, S:
         at_at[0] = batch * x_batch
         at: T.let = at_at[0]
         to_at = T.alloc_buffer((1,), "int64", scope="global")
-        to_at[0] = batch * y_batch + s // width * y_tile + s % width
+        to_at[0] = batch * y_batch + s // 64 * y_span + s % 64
         to: T.let = to_at[0]
         whole_at = T.alloc_buffer((1,), "int64", scope="global")
         whole_at[0] = T.Select(s + 2 <= S, T.max(first, T.min(last, K // 2 * 2)), first)

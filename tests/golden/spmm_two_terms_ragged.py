@@ -1,5 +1,5 @@
 @T.prim_func(s_tir=True)
-def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("float32"), ptr0_h: T.handle("int32"), idx0_h: T.handle("uint16"), val0_h: T.handle("float32"), ptr1_h: T.handle("int32"), idx1_h: T.handle("uint16"), val1_h: T.handle("uint16"), S: T.int64, N: T.int64, tiles: T.int64, per: T.int64, x_stride: T.int64, x_tile: T.int64, x_batch: T.int64, y_stride: T.int64, y_batch: T.int64, res_stride: T.int64, res_batch: T.int64, C0: T.int64, P0: T.int64, C1: T.int64, P1: T.int64):
+def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("float32"), ptr0_h: T.handle("int32"), idx0_h: T.handle("uint16"), val0_h: T.handle("float32"), ptr1_h: T.handle("int32"), idx1_h: T.handle("uint16"), val1_h: T.handle("uint16"), S: T.int64, N: T.int64, tiles: T.int64, per: T.int64, x_stride: T.int64, x_span: T.int64, x_batch: T.int64, y_stride: T.int64, y_span: T.int64, y_batch: T.int64, res_stride: T.int64, res_span: T.int64, res_batch: T.int64, C0: T.int64, P0: T.int64, C1: T.int64, P1: T.int64):
     T.func_attr({"tirx.noalias": True, "global_symbol": "spmm"})
     x = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=x_h, align=4)
     y = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=y_h, align=4)
@@ -32,7 +32,9 @@ def spmm(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("f
         left_at = T.alloc_buffer((1,), "int64", scope="global")
         left_at[0] = T.min((S - start + 3) // 4, T.int64(1))
         left: T.let = left_at[0]
-        xt: T.let = batch * x_batch + tile % per * x_tile
+        xt_at = T.alloc_buffer((1,), "int64", scope="global")
+        xt_at[0] = batch * x_batch + start // 64 * x_span + start % 64
+        xt: T.let = xt_at[0]
         out = T.alloc_buffer((512,), "float32", scope="global")
         if left == 1:
             for i in range((last - first + 1) // 2):

@@ -11,6 +11,8 @@ from sparsecc.ir.infer import infer
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import parse_program, print_program
 from sparsecc.passes.layout import Layout
+from sparsecc.runtime.record import NotAView, Pool, Recorder, empty, span_of
+from sparsecc.runtime.tokens import token_output
 
 B, S, F, H = 2, 40, 16, 4
 HEAD = f"""\
@@ -137,24 +139,41 @@ class Block(nn.Module):
         return self.second(self.down(torch.nn.functional.gelu(self.up(x))) + x)
 
 
-def test_the_compiled_block_replays_every_shape() -> None:
+@pytest.mark.parametrize("target", ["cpu", "cpu:avx2"])
+def test_the_compiled_block_replays_every_shape(target: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential().eval()
     model.a, model.b = Block().eval(), Block().eval()
     model.forward = lambda x, mask: model.b(model.a(x, mask), mask)  # type: ignore[method-assign]
     sparsecc.prune(model, "block(4, 1, 0.8)")
     cases = []
-    for batch, tokens in ((2, 40), (3, 17), (2, 40), (2, 100), (3, 17), (2, 5)):
+    for batch, tokens in ((2, 40), (3, 17), (2, 40), (2, 100), (3, 17), (2, 5), (2, 200), (2, 100)):
         mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool)
         mask[0, :, :, tokens // 2 :] = False
         cases.append((torch.randn(batch, tokens, 64), mask))
     with torch.no_grad():
         wanted = [model(*case) for case in cases]
-    compiled = sparsecc.compile(model, sparsity="block(4, 1, 0.8)", example_inputs=cases[0], autotune="none", remainder="eager")
+    given = {"example_inputs": cases[0], "autotune": "none", "remainder": "eager"}
+    compiled = sparsecc.compile(model, target=target, sparsity="block(4, 1, 0.8)", **given)
     results = [compiled(*case) for case in cases]  # kept: a replay must not write into them
     for got, want in zip(results, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert "sparsecc.attention" in compiled.ir("lower")
+
+
+def test_values_in_spans_are_not_read_by_strides() -> None:
+    """Two spans of 64 tokens lie behind each other; what torch may do with them is views."""
+    with Recorder(Pool(), spanned=True) as recorder:
+        y = token_output(8, (3, 100))
+        assert y.shape == (3, 100, 8) and y.stride() == (2 * 8 * 64, 1, 64) and span_of(y) == 8 * 64
+        heads = y.reshape(3, 100, 2, 4).transpose(1, 2)
+        assert span_of(heads) == 8 * 64
+        for copy in (torch.Tensor.contiguous, lambda t: t + 1, lambda t: t.reshape(24, 100)):
+            with pytest.raises(NotAView):
+                copy(heads)
+        del y, heads
+        assert span_of(empty(3 * 2 * 8 * 64)) is None, "the buffer is used again for something else"
+    assert recorder.calls == []
 
 
 def test_a_replay_tells_arguments_apart_that_were_one_tensor() -> None:

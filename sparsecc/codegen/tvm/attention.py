@@ -3,7 +3,7 @@
 Every query is a lane. Both products are then the spmm family's: scalars of k and v broadcast over vectors of queries, 4 x `vectors`
 accumulators in registers, and the softmax needs nothing across lanes.
 
-    for task in parallel(batch * heads * query tiles):
+    for task in parallel(batch * query tiles * heads):        a thread keeps to the tokens that it has in the linears
         for block of KEYS keys:
             p[key][query] = scale * sum_d k[d][key] q[d][query] + mask[key][query];  top = max(top, p)
             p = exp(p - top);  total = total * exp(old top - top) + sum p
@@ -16,14 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsecc.codegen.tvm.activation import write_exp
-from sparsecc.codegen.tvm.tiles import write_parts
+from sparsecc.codegen.tvm.tiles import SPAN, place, write_parts
 from sparsecc.codegen.tvm.writer import Writer, constant, splat, vec
 
-INTS = ("S", "Sk", "heads", "group", "tasks", "per", "q_stride", "q_head", "q_batch", "k_stride", "k_head", "k_batch",
-        "v_stride", "v_head", "v_batch", "y_stride", "y_head", "y_batch", "m_stride", "m_head", "m_batch")
+INTS = ("S", "Sk", "heads", "group", "tasks", "per",
+        *(f"{value}_{step}" for value in ("q", "k", "v", "y", "m") for step in ("stride", "span", "head", "batch")))  # fmt: skip
 """S queries, Sk keys, `heads` of q, `group` of them per head of k and v; per: query tiles of a head. *_stride: between features, and
-between keys of the mask."""
-KEYS = 64  # with 64 queries a block's p is 16 KiB, its k and v 8 KiB each at D = 32: together in L1
+between keys of the mask; *_span: between spans of tokens, see `tiles`."""
+KEYS = SPAN  # with 64 queries a block's p is 16 KiB, its k and v 8 KiB each at D = 32: together in L1
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def attention_source(spec: AttentionSpec, vectors: int, lanes: int) -> str:
     pointers: dict[str, str] = dict.fromkeys(["q", "k", "v", "y", "scale", *(["mask"] if spec.masked else [])], "float32")
     with w.function("attention", pointers, INTS):
         with w.block("for task in T.parallel(tasks):"):
-            w.opaque("batch", "task // per // heads")
-            w.opaque("head", "task // per % heads")
-            w.opaque("start", f"task % per * {width}")
+            w.opaque("batch", "task // heads // per")
+            w.opaque("head", "task % heads")
+            w.opaque("start", f"task // heads % per * {width}")
             w.opaque("left", f"T.min((S - start + {lanes - 1}) // {lanes}, T.int64({vectors}))")
             w.opaque("shared", "head // group")
             w.opaque("kt", "batch * k_batch + shared * k_head")
@@ -68,10 +68,8 @@ class _Tile:
 
     def write(self) -> None:
         w, width = self.w, self.vectors * self.lanes
-        w.opaque("qt", "batch * q_batch + head * q_head + start + offset")
-        w.opaque("yt", "batch * y_batch + head * y_head + start + offset")
-        if self.spec.masked:
-            w.opaque("mt", "batch * m_batch + head * m_head + start + offset")
+        for value in ("q", "y", *(["m"] if self.spec.masked else [])):
+            w.opaque(f"{value}t", f"{place(value)} + head * {value}_head + offset")
         w(f'p = T.alloc_buffer(({KEYS * width},), "float32", scope="global")')
         for name in ("top", "total", "shift", "fade"):
             w(f'{name} = T.alloc_buffer(({width},), "float32", scope="global")')
@@ -84,6 +82,8 @@ class _Tile:
         with w.block(f"for block in range((Sk + {KEYS - 1}) // {KEYS}):"):
             w.opaque("key", f"block * {KEYS}")
             w.opaque("count", f"T.min(Sk - key, T.int64({KEYS}))")
+            w.opaque("kb", "kt + block * k_span")
+            w.opaque("vb", "vt + block * v_span")
             for r in range(self.vectors):
                 w(f"{self.at('shift', r)} = {self.at('top', r)}")
             with w.block("for j in range(count // 4):"):
@@ -114,7 +114,7 @@ class _Tile:
             for b in range(keys):
                 for r in range(self.vectors):
                     q = vec("q", f"qt + d * q_stride + {r * self.lanes}", self.lanes)
-                    w(f"{acc(b, r)} = {acc(b, r)} + {splat(f'k[kt + d * k_stride + key + {first} + {b}]', self.lanes)} * {q}")
+                    w(f"{acc(b, r)} = {acc(b, r)} + {splat(f'k[kb + d * k_stride + {first} + {b}]', self.lanes)} * {q}")
         for b in range(keys):
             for r in range(self.vectors):
                 mask = vec("mask", f"mt + (key + {first} + {b}) * m_stride + {r * self.lanes}", self.lanes)
@@ -149,7 +149,7 @@ class _Tile:
         with w.block("for j in range(count):"):
             for b in range(features):
                 for r in range(self.vectors):
-                    value = splat(f"v[vt + ({first} + {b}) * v_stride + key + j]", self.lanes)
+                    value = splat(f"v[vb + ({first} + {b}) * v_stride + j]", self.lanes)
                     w(f"{acc(b, r)} = {acc(b, r)} + {value} * {self.p('j', r)}")
         for b in range(features):
             for r in range(self.vectors):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsecc.codegen.tvm.tiles import write_parts, write_rows
+from sparsecc.codegen.tvm.tiles import place, write_parts, write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 
-INTS = ("S", "N", "tiles", "per", "x_stride", "x_batch", "y_stride", "y_batch")
+INTS = ("S", "N", "tiles", "per", "x_stride", "x_span", "x_batch", "y_stride", "y_span", "y_batch")
 """As in the spmm family; x_stride is between features."""
 CHUNK = 64  # features that wait in L1 to be transposed
 
@@ -45,7 +45,7 @@ def norm_source(spec: NormSpec, vectors: int, lanes: int) -> str:
 
 
 def _write_tile(w: Writer, spec: NormSpec, vectors: int, lanes: int) -> None:
-    w.opaque("xt", "batch * x_batch + start + offset")
+    w.opaque("xt", f"{place('x')} + offset")
     x = lambda n, r: vec("x", f"xt + {n} * x_stride + {r * lanes}", lanes)  # noqa: E731
     size = 2 * vectors * lanes
     w(f'stats = T.alloc_buffer(({size},), "float32", scope="global")')
@@ -73,7 +73,7 @@ def _write_tile(w: Writer, spec: NormSpec, vectors: int, lanes: int) -> None:
         return f"{product} + {splat(f'bias[{n}]', lanes)}" if spec.kind == "layer" else product
 
     if spec.layout == "token":
-        w.opaque("yt", "batch * y_batch + start + offset")
+        w.opaque("yt", f"{place('y')} + offset")
         with w.block("for n in range(N):"):
             for r in range(vectors):
                 w(f"{vec('y', f'yt + n * y_stride + {r * lanes}', lanes)} = {result('n', r)}")

@@ -1,7 +1,7 @@
 """Family spmm: sparse weight [N, K] times many tokens.
 
-Activations come token-minor, best in tiles x[tile][k][T] with T = lanes * vectors tokens, so that a weight (or a row of a block) is
-one broadcast and every load is one aligned cache line. A block of rows x `vectors` accumulators stays in registers over the kept
+Activations come token-minor, best in spans x[span][k][64 tokens], so that a weight (or a row of a block) is one broadcast and every
+load is one aligned cache line. A block of rows x `vectors` accumulators stays in registers over the kept
 blocks of a row. Terms, and panels of columns, add up through the task's output, which stays in cache.
 
     for task in parallel(tiles * chunks):                     one tile of tokens x `chunk` rows
@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, value, write_entries, write_parents
-from sparsecc.codegen.tvm.tiles import write_parts, write_rows
+from sparsecc.codegen.tvm.tiles import place, write_parts, write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
 
-INTS = ("S", "N", "tiles", "per", "x_stride", "x_tile", "x_batch", "y_stride", "y_batch", "res_stride", "res_batch")
-"""Scalar arguments. S: tokens per sequence; tiles: of all sequences; per: of one. x_stride, x_tile, x_batch: between features, tiles and
-sequences of x; y_stride, res_stride: between tokens (layout "row") or features ("token"); y_batch, res_batch: between sequences, for
-"token" only. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
+INTS = ("S", "N", "tiles", "per", "x_stride", "x_span", "x_batch", "y_stride", "y_span", "y_batch", "res_stride", "res_span",
+        "res_batch")
+"""Scalar arguments. S: tokens per sequence; tiles: of all sequences; per: of one. x_stride, x_span, x_batch: between features, spans of
+tokens (see `tiles`) and sequences of x; y_stride, res_stride: between tokens (layout "row") or features ("token"); those of spans and
+sequences serve "token" only. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def spmm_source(spec: KernelSpec, vectors: int, unroll: int, chunk: int, lanes: 
             w.opaque("batch", "tile // per")
             w.opaque("start", f"tile % per * {width}")
             w.opaque("left", f"T.min((S - start + {lanes - 1}) // {lanes}, T.int64({vectors}))")
-            w("xt: T.let = batch * x_batch + tile % per * x_tile")
+            w.opaque("xt", place("x"))
             if not by_rows:
-                w("yt: T.let = batch * y_batch + start")
+                w.opaque("yt", place("y"))
                 if spec.residual:
-                    w("rt: T.let = batch * res_batch + start")
+                    w.opaque("rt", place("res"))
             if by_rows:
                 w(f'out = T.alloc_buffer(({chunk * width},), "float32", scope="global")')
             for part, offset in write_parts(w, vectors, lanes):

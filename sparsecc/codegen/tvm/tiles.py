@@ -4,6 +4,10 @@ pack_rows    x[m][k], features consecutive  -> vectors of tokens, zeros where k 
 pack_tokens  x[k][m], tokens consecutive    -> the same
 write_rows   the inverse of pack_rows, written into the kernels that produce the values
 Tokens up to the next full vector are zero in what the first two write.
+
+Token-minor values lie in spans: the vectors of SPAN tokens of a sequence for all features, then those of the next SPAN tokens. What a
+task reads is then contiguous, and no two threads write near each other. A plain [feature][token] matrix is one whose spans are
+SPAN floats apart.
 """
 
 from __future__ import annotations
@@ -13,16 +17,22 @@ from collections.abc import Iterator
 from sparsecc.codegen.tvm.writer import Writer, vec
 
 BLOCK = 128  # features per task: a task's tile of 128 x 16 floats is 8 KiB
+SPAN = 64  # tokens: four full vectors, as many as a kernel's tile has at most
 FLOATS = {"x": "float32", "y": "float32"}
-INTS = ("B", "S", "K", "padded_k", "x_stride", "x_batch", "y_stride", "y_tile", "y_batch", "width")
-"""B sequences of S tokens. Token s, feature k of sequence b goes to y[b * y_batch + s // width * y_tile + k * y_stride + s % width]."""
+INTS = ("B", "S", "K", "padded_k", "x_stride", "x_span", "x_batch", "y_stride", "y_span", "y_batch")
+"""B sequences of S tokens. Token s, feature k of sequence b goes to y[b * y_batch + s // SPAN * y_span + k * y_stride + s % SPAN]."""
+
+
+def place(name: str, token: str = "start") -> str:
+    """Where a token of sequence `batch` begins in a token-minor value."""
+    return f"batch * {name}_batch + {token} // {SPAN} * {name}_span + {token} % {SPAN}"
 
 
 def pack_rows_source(lanes: int) -> str:
     """f(x, y, *INTS): x[b * x_batch + s * x_stride + k]."""
     w = Writer()
     with w.function("pack_rows", FLOATS, INTS):
-        _tasks(w, "padded_k", lanes)
+        _tasks(w, "padded_k", lanes, "batch * x_batch")
         w.opaque("whole", f"T.Select(s + {lanes} <= S, T.max(first, T.min(last, K // {lanes} * {lanes})), first)")
         with w.block(f"for kb in range((whole - first) // {lanes}):"):
             w(f"k: T.let = first + kb * {lanes}")
@@ -35,17 +45,17 @@ def pack_rows_source(lanes: int) -> str:
 
 
 def pack_tokens_source(lanes: int) -> str:
-    """f(x, y, *INTS): x[b * x_batch + k * x_stride + s]."""
+    """f(x, y, *INTS): x as y."""
     w = Writer()
     with w.function("pack_tokens", FLOATS, INTS):
-        _tasks(w, "padded_k", lanes)
+        _tasks(w, "padded_k", lanes, place("x", "s"))
         w.opaque("whole", f"T.Select(s + {lanes} <= S, T.max(first, T.min(last, K)), first)")
         with w.block("for kb in range(whole - first):"):
             w("k: T.let = first + kb")
-            w(f"{vec('y', 'to + k * y_stride', lanes)} = {vec('x', 'at + k * x_stride + s', lanes)}")
+            w(f"{vec('y', 'to + k * y_stride', lanes)} = {vec('x', 'at + k * x_stride', lanes)}")
         with w.block("for kr in range(last - whole):"), w.block(f"for i in range({lanes}):"):
             w("k: T.let = whole + kr")
-            w("y[to + k * y_stride + i] = T.if_then_else((s + i < S) and (k < K), x[at + k * x_stride + s + i], T.float32(0))")
+            w("y[to + k * y_stride + i] = T.if_then_else((s + i < S) and (k < K), x[at + k * x_stride + i], T.float32(0))")
     return w.text
 
 
@@ -79,7 +89,7 @@ def write_rows(w: Writer, lanes: int, residual: bool, token: str, offset: str, w
         w(f"y[(m + i) * y_stride + first + n] = out[n * {width} + {offset} + i]{plus('m + i', 'first + n', 1)}")
 
 
-def _tasks(w: Writer, features: str, lanes: int) -> None:
+def _tasks(w: Writer, features: str, lanes: int, at: str) -> None:
     """One task: `lanes` tokens of one sequence from s on, features first..last; where they are in x and go in y."""
     w(f"vectors: T.let = (S + {lanes - 1}) // {lanes}")
     w(f"blocks: T.let = ({features} + {BLOCK - 1}) // {BLOCK}")
@@ -89,8 +99,8 @@ def _tasks(w: Writer, features: str, lanes: int) -> None:
     w.opaque("s", f"task // blocks % vectors * {lanes}")
     w.opaque("first", f"task % blocks * {BLOCK}")
     w.opaque("last", f"T.min({features}, first + {BLOCK})")
-    w.opaque("at", "batch * x_batch")
-    w.opaque("to", "batch * y_batch + s // width * y_tile + s % width")
+    w.opaque("at", at)
+    w.opaque("to", place("y", "s"))
 
 
 def _transpose(w: Writer, lanes: int, load, store, extra: dict[int, str]) -> None:
