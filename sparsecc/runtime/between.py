@@ -15,7 +15,7 @@ from sparsecc.codegen.tvm.norm import NormSpec, norm_source
 from sparsecc.codegen.tvm.tiles import SPAN, pack_rows_source
 from sparsecc.errors import ShapeError
 from sparsecc.ir.ops import TOKEN_TILE
-from sparsecc.runtime.record import call, empty, span_of
+from sparsecc.runtime.record import call, output, span_of
 from sparsecc.runtime.tokens import Tokens, move, sequences, token_minor, token_output
 
 VECTORS = 4
@@ -39,7 +39,7 @@ class NormKernel:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         lead, N = x.shape[:-1], x.shape[-1]
         token = self.spec.layout == "token"
-        y = token_output(N, lead) if token else empty(*x.shape)
+        y = token_output(N, lead) if token else output(*x.shape)
         if x.numel() == 0:
             return y
         t = token_minor(self.backend, x)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsecc.codegen.tvm.tiles import SPAN
 from sparsecc.ir import ops, token_ops
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
@@ -43,34 +44,91 @@ _LOCAL = threading.local()
 
 
 class Chain:
-    """A graph of kernels and views, called with its tensors and the symbolic sizes that its views need."""
+    """A graph of kernels and views, called with its tensors and the symbolic sizes that its views need.
 
-    def __init__(self, gm: fx.GraphModule, key: str, results: Sequence[Result] | None) -> None:
-        self.gm, self.key, self.results = gm, key, results
+    Sequences that do not know of each other (`batch`) go through all kernels a few at a time, so that what one kernel writes is still in
+    cache when the next reads it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, key: str, results: Sequence[Result] | None, batch: Batch | None) -> None:
+        self.gm, self.key, self.results, self.batch = gm, key, results, batch
         CHAINS[key] = self
 
     def __call__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        if self.batch is None or (step := self.batch.step(tensors)) >= self.batch.size(tensors):
+            return self.part(tensors, sizes)
+        whole: list[Tensor] = []
+        for first in range(0, self.batch.size(tensors), step):
+            end = min(first + step, self.batch.size(tensors))
+            into = [t[first:end] for t in whole]
+            results = self.part(*self.batch.part(tensors, sizes, first, end), into)
+            if not whole:
+                whole = [_whole(t, self.batch.size(tensors)) for t in results]
+                for t, result in zip(whole, results, strict=True):
+                    t[:end] = result
+        return whole
+
+    def part(self, tensors: Sequence[Tensor], sizes: Sequence[int], into: Sequence[Tensor] = ()) -> list[Tensor]:
+        """All kernels, by replay if these shapes were recorded; the results are written `into` tensors if such are given."""
         plans = _plans(self)
         key = _key(tensors, sizes)
         plan = plans.get(key)
         if plan is not None:
-            return plan(tensors)
+            return plan(tensors, into)
         try:
             with Recorder(_pool(), spanned=True) as recorder:
                 outputs = self.run(tensors, sizes, recorder)
         except NotAView:
             with Recorder(_pool()) as recorder:
-                outputs = self.run(tensors, sizes)
+                outputs = self.run(tensors, sizes, recorder)
         plan = Replay.of(recorder, tensors, outputs)
         if plan is not None:
             while len(plans) >= PLANS:
                 plans.pop(next(iter(plans)))
             plans[key] = plan
-        return [_own(output) for output in outputs]
+        for t, output in zip(into, outputs, strict=False):
+            t.copy_(output)
+        return list(into) or outputs
 
     def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any], recorder: Recorder | None = None) -> list[Tensor]:
-        """Node by node. What lies in spans for a recorder that asks for it is no result."""
+        """Node by node."""
         return list(_Run(self.gm, recorder).run(*tensors, *sizes, enable_io_processing=False))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which arguments have the batch as their first dimension, and which sizes are it."""
+
+    tensors: tuple[bool, ...]
+    sizes: tuple[bool, ...]
+
+    @staticmethod
+    def of(nodes: Sequence[fx.Node], tensors: Sequence[fx.Node], sizes: Sequence[fx.Node]) -> Batch | None:
+        """None unless every value of the chain has the symbolic batch first, or is one for all sequences."""
+        first = [str(t.shape[0]) for t in map(value_of, tensors) if t.ndim > 2 and isinstance(t.shape[0], torch.SymInt)]
+        values = [value_of(node) for node in (*nodes, *tensors)]
+        leading = [str(t.shape[0]) if t.ndim > 2 else "" for t in values if isinstance(t, Tensor)]
+        texts = [str(value_of(size)) for size in sizes]
+        if not first or not all(text in (first[0], "1") for text in leading) or any(first[0] in text != first[0] for text in texts):
+            return None
+        results = [node for node in nodes if any(user not in nodes for user in node.users)]
+        if any(str(value_of(node).shape[0]) != first[0] for node in results):
+            return None
+        return Batch(tuple(str(value_of(t).shape[0]) == first[0] for t in tensors), tuple(text == first[0] for text in texts))
+
+    def size(self, tensors: Sequence[Tensor]) -> int:
+        """Sequences."""
+        return int(tensors[self.tensors.index(True)].shape[0])
+
+    def step(self, tensors: Sequence[Tensor]) -> int:
+        """As few sequences as give every thread two spans: fewer would leave it waiting for weights."""
+        spans = max(1, -(-int(tensors[self.tensors.index(True)].shape[-2]) // SPAN))
+        return -(-2 * torch.get_num_threads() // spans)
+
+    def part(self, tensors: Sequence[Tensor], sizes: Sequence[int], first: int, end: int) -> tuple[list[Tensor], list[int]]:
+        """The arguments for some of the sequences."""
+        cut = [t[first:end] if batched else t for t, batched in zip(tensors, self.tensors, strict=True)]
+        return cut, [end - first if batched else size for size, batched in zip(sizes, self.sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +166,7 @@ class _Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if self.recorder is not None:
-            self.recorder.spanned = n not in self.results
+            self.recorder.result = n in self.results
         return super().run_node(n)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,20 +182,28 @@ class _Run(fx.Interpreter):
 
 
 def _key(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Any, ...]:
-    """What decides how kernels are called: shapes, strides, place in memory, and which arguments share theirs."""
-    storages = [t.untyped_storage() for t in tensors]
-    starts = [storage.data_ptr() for storage in storages]
-    facts = (
-        (t.dtype, t.shape, t.stride(), t.data_ptr() % 64, t.storage_offset(), storage.nbytes(), starts.index(start))
-        for t, storage, start in zip(tensors, storages, starts, strict=True)
-    )
+    """What decides how kernels are called: shapes, strides, alignment, what may be read behind the end, and which arguments share
+    their place."""
+    starts = [t.untyped_storage().data_ptr() for t in tensors]
+    facts = ((t.dtype, t.shape, t.stride(), t.data_ptr() % 64, _slack(t), *_shared(t, tensors, starts)) for t in tensors)
     return (*sizes, *facts)
 
 
-def _own(output: Tensor) -> Tensor:
-    """A copy with the same strides: the pool's memory will be written to again."""
-    size = output.untyped_storage().nbytes() // output.itemsize
-    return torch.empty(size, dtype=output.dtype).as_strided(output.shape, output.stride()).copy_(output)
+def _slack(t: Tensor) -> int:
+    """Elements of the storage behind the tensor's last, as far as a kernel may care."""
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return int(min(t.untyped_storage().nbytes() // t.itemsize - last - 1, SPAN))
+
+
+def _shared(t: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> tuple[int, int]:
+    """The first argument on the same storage, and the distance from it."""
+    same = starts.index(t.untyped_storage().data_ptr())
+    return same, int(t.storage_offset()) - int(tensors[same].storage_offset())
+
+
+def _whole(part: Tensor, batch: int) -> Tensor:
+    """Memory for the results of all sequences, laid out as those of some."""
+    return torch.empty(batch * part.stride(0), dtype=part.dtype).as_strided((batch, *part.shape[1:]), part.stride())
 
 
 def _plans(chain: Chain) -> dict[Any, Replay]:
@@ -245,7 +311,8 @@ def _link(program: Program, nodes: list[fx.Node]) -> Chain:
     gm = make_module({str(node.target): get_attr(program.gm, str(node.target)) for node in fixed}, graph)
     text = hashlib.sha256("\n".join(n.format_node() or "" for n in graph.nodes).encode()).hexdigest()[:16]
     known = [Result.of(node, tensors) for node in results]
-    chain = Chain(gm, f"{next(_COUNT)}:{text}", None if None in known else known)  # type: ignore[arg-type]
+    batch = Batch.of(nodes, tensors, sizes)
+    chain = Chain(gm, f"{next(_COUNT)}:{text}", None if None in known else known, batch)  # type: ignore[arg-type]
     with program.graph.inserting_after(nodes[-1]):
         call = program.graph.call_function(CHAIN, (tensors, sizes, chain.key))
     for i, node in reversed(list(enumerate(results))):

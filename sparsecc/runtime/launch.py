@@ -16,7 +16,7 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, whole_chunk
 from sparsecc.formats import Dense, Format, Panels
 from sparsecc.formats.level import NM
-from sparsecc.runtime.record import call, empty
+from sparsecc.runtime.record import call, empty, output
 from sparsecc.runtime.tokens import rows, sequences, token_minor, token_output
 
 Pointers = tuple[c_void_p, ...]
@@ -81,7 +81,7 @@ class LinearKernel:
             res = res.contiguous()
             pointers.append(c_void_p(res.data_ptr()))
         token = self.spec.layout == "token"
-        y = empty(N) if token else empty(*lead, N)
+        y = empty(N) if token else output(*lead, N)
         pointers[1] = c_void_p(y.data_ptr())
         call(self._one(), *pointers, *arrays, N, self._chunk, *self._sizes)
         return token_output(N, lead).copy_(y.view(*lead, N)) if token else y
@@ -93,7 +93,7 @@ class LinearKernel:
             t = rows(x)  # one sequence of all rows fills the tiles better
         t = token_minor(self.backend, t, self._padded_k)
         per = -(-t.S // self._width)
-        y = token_output(N, lead) if token else empty(*lead, N)
+        y = token_output(N, lead) if token else output(*lead, N)
         pointers = [c_void_p(t.tensor.data_ptr()), c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())]
         y_steps, res_steps = sequences(y).steps if token else (N, 0, 0), (0, 0, 0)
         if res is not None:

@@ -64,12 +64,14 @@ class Recorder(TorchDispatchMode):
 
     With `spanned`, token-minor results lie in spans (see codegen/tvm/tiles.py). No stride says so: such a tensor is only right about its
     first span, serves as address, sizes and other strides, and is known by its storage. `spans` has the distance of its spans.
+    While `result` is set, kernels write what the caller gets: memory of its own, and what its strides say.
     """
 
     pool: Pool
     spanned: bool = False
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)
     foreign: str = ""
+    result: bool = False
     spans: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ def call(code: Callable[..., Any], *args: Any) -> None:
 
 
 def empty(*shape: int) -> Tensor:
-    """Uninitialised float32 memory for the result of a kernel."""
+    """Uninitialised float32 memory for values between kernels."""
     recorder = getattr(_LOCAL, "recorder", None)
     if recorder is None:
         return torch.empty(shape)
@@ -112,10 +114,16 @@ def empty(*shape: int) -> Tensor:
     return buffer[:floats].view(shape)
 
 
+def output(*shape: int) -> Tensor:
+    """The same for what a kernel returns."""
+    recorder = getattr(_LOCAL, "recorder", None)
+    return torch.empty(shape) if recorder is not None and recorder.result else empty(*shape)
+
+
 def spanned() -> bool:
     """Whether token-minor results are to lie in spans."""
     recorder = getattr(_LOCAL, "recorder", None)
-    return recorder is not None and recorder.spanned
+    return recorder is not None and recorder.spanned and not recorder.result
 
 
 def span_of(tensor: Tensor) -> int | None:
@@ -152,8 +160,9 @@ class Replay:
         shapes = [(t.untyped_storage().nbytes() // 4, tuple(t.shape), t.stride()) for t in outputs]
         return Replay(recorder.calls, found[: len(inputs)], found[len(inputs) :], shapes)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        made = [torch.empty(floats).as_strided(size, strides) for floats, size, strides in self.shapes]
+    def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The outputs: new tensors, or those given, which must have the recorded sizes and strides."""
+        made = list(into) or [torch.empty(floats).as_strided(size, strides) for floats, size, strides in self.shapes]
         for tensor, cells in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
             address = tensor.data_ptr()
             for cell, distance in cells:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.tiles import SPAN
 from sparsecc.ir.ops import TOKEN_TILE, token_storage
-from sparsecc.runtime.record import call, empty, set_span, span_of, spanned
+from sparsecc.runtime.record import call, empty, output, set_span, span_of, spanned
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def token_output(features: int, lead: Sequence[int]) -> Tensor:
         batches = list(accumulate(reversed(lead[1:-1]), operator.mul, initial=1))[::-1] if len(lead) > 1 else []
         return made.tensor.as_strided((*lead, features), (*(b * made.by_batch for b in batches), *([1] if lead else []), made.by_feature))
     shape, strides = token_storage(lead, features)
-    return empty(*shape).as_strided((*lead, features), strides)
+    return output(*shape).as_strided((*lead, features), strides)
 
 
 def in_spans(B: int, S: int, features: int) -> Tokens:
