@@ -53,12 +53,13 @@ class Layout:
             plan.drop(slower)
             plan.settle()
         masks: dict[fx.Node, fx.Node] = {}
-        for node in plan.linears & plan.token:
-            LinearView(node).replace(layout="token")
-        for node in plan.norms:
-            _replace_norm(program, node, "token" if node in plan.token else "row")
-        for node in plan.attentions:
-            _replace_attention(program, node, masks)
+        for node in list(program.graph.nodes):  # in its order: names, and with them Inductor's cache, should not depend on hashes
+            if node in plan.linears & plan.token:
+                LinearView(node).replace(layout="token")
+            elif node in plan.norms:
+                _replace_norm(program, node, "token" if node in plan.token else "row")
+            elif node in plan.attentions:
+                _replace_attention(program, node, masks)
         program.finish()
 
 

@@ -11,11 +11,14 @@ import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsecc.codegen.tvm.native import Calls, Native
 
 _LOCAL = threading.local()
 
@@ -139,40 +142,59 @@ def set_span(tensor: Tensor, floats: int) -> None:
 
 @dataclass(frozen=True)
 class Replay:
-    """The calls of a recorded run. `inputs`, `outputs`: per tensor, the addresses to renew and their distance from its own."""
+    """The calls of a recorded run. `inputs`, `outputs`: per tensor, what renews an address in the calls, and its distance from the
+    tensor's own."""
 
-    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]
-    inputs: list[list[tuple[c_void_p, int]]]
-    outputs: list[list[tuple[c_void_p, int]]]
+    run: Callable[[], None]
+    inputs: list[list[Slot]]
+    outputs: list[list[Slot]]
     shapes: list[tuple[int, tuple[int, ...], tuple[int, ...]]]
     """Of each output: floats of its storage, size, strides."""
 
     @staticmethod
     def of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Replay | None:
         """None if the run was more than kernels, or an output is no kernel's own."""
-        if recorder.foreign or any(t.storage_offset() for t in outputs):
+        if recorder.foreign or not recorder.calls or any(t.storage_offset() for t in outputs):
             return None
         storages = [t.untyped_storage().data_ptr() for t in (*inputs, *outputs)]
         if len(set(storages[len(inputs) :])) < len(outputs) or set(storages[: len(inputs)]) & set(storages[len(inputs) :]):
             return None
-        cells = [arg for _, args in recorder.calls for arg in args if isinstance(arg, c_void_p)]
-        found = [_inside(cells, t) for t in (*inputs, *outputs)]
+        run, slots = _calls(recorder.calls)
+        found = [_inside(slots, t) for t in (*inputs, *outputs)]
         shapes = [(t.untyped_storage().nbytes() // 4, tuple(t.shape), t.stride()) for t in outputs]
-        return Replay(recorder.calls, found[: len(inputs)], found[len(inputs) :], shapes)
+        return Replay(run, found[: len(inputs)], found[len(inputs) :], shapes)
 
     def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
         """The outputs: new tensors, or those given, which must have the recorded sizes and strides."""
         made = list(into) or [torch.empty(floats).as_strided(size, strides) for floats, size, strides in self.shapes]
-        for tensor, cells in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
+        for tensor, slots in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
             address = tensor.data_ptr()
-            for cell, distance in cells:
-                cell.value = address + distance
-        for code, args in self.calls:
-            code(*args)
+            for renew, distance in slots:
+                renew(address + distance)
+        self.run()
         return made
 
 
-def _inside(cells: Sequence[c_void_p], tensor: Tensor) -> list[tuple[c_void_p, int]]:
+Slot = tuple[Callable[[int], None], int]
+Addresses = list[tuple[int, Callable[[int], None]]]
+
+
+def _calls(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple[Callable[[], None], Addresses]:
+    """What makes the calls, and every address among their arguments with what renews it."""
+    native = [(code, args) for code, args in calls if isinstance(code, Native)]
+    if len(native) == len(calls):
+        made = Calls(native)
+        return made, [(cell.value or 0, partial(made.values.__setitem__, index)) for cell, index in Calls.slots(native)]
+
+    def run() -> None:
+        for code, args in calls:
+            code(*args)
+
+    cells = [arg for _, args in calls for arg in args if isinstance(arg, c_void_p)]
+    return run, [(cell.value or 0, partial(setattr, cell, "value")) for cell in cells]
+
+
+def _inside(slots: Addresses, tensor: Tensor) -> list[Slot]:
     storage = tensor.untyped_storage()
     first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    return [(cell, cell.value - tensor.data_ptr()) for cell in cells if cell.value is not None and first <= cell.value < end]
+    return [(renew, value - tensor.data_ptr()) for value, renew in slots if first <= value < end]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sparsecc.codegen.config import tunable
 from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.tvm import native
 from sparsecc.codegen.tvm.host import Isa, host_isa
 from sparsecc.codegen.tvm.spmm import spmm_source
 from sparsecc.codegen.tvm.spmv import spmv_source
@@ -76,13 +76,10 @@ class TvmBackend:
 
     def load(self, source: str) -> Callable[..., Any]:
         """Compile (about a second) or look up; takes pointers as ctypes.c_void_p and sizes as int."""
-        from sparsecc.codegen.tvm.pool import install
-
         key = (self.isa, source)
         with _LOCK:
             if key not in _LOADED:
-                install()
-                _LOADED[key] = _module(source, self.isa)[_name(source)]
+                _LOADED[key] = _load(source, self.isa)
             return _LOADED[key]
 
     def pack_rows(self) -> Callable[..., Any]:
@@ -107,29 +104,29 @@ def _mover(backend: TvmBackend, kind: str) -> Callable[..., Any]:
     return backend.load(source(backend.isa.lanes))
 
 
-def _module(source: str, isa: Isa) -> Any:
-    """Compiled code, from the cache's LLVM IR where it was compiled before (30 times faster than from text)."""
+def _load(source: str, isa: Isa) -> Callable[..., Any]:
+    """From the cache, without TVM; else compiled, stored there, and loaded from there. Without a linker TVM's JIT runs it."""
+    name, folder = _name(source), cache_dir()
+    tag = hashlib.sha256(f"{version('apache-tvm')} {isa} {native.LAUNCHER.read_text()} {source}".encode()).hexdigest()[:24]
+    stored = folder / "kernels" / f"{tag}.so" if folder else None
+    found = native.find(stored, name) if stored else None
+    if found is not None:
+        return found
     import tvm
     from tvm.script import from_source
     from tvm.script import tirx as T
 
-    tag = hashlib.sha256(f"{tvm.__version__} {isa} {source}".encode()).hexdigest()[:24]
-    folder = cache_dir()
-    stored = folder / "kernels" / f"{tag}.ll" if folder else None
-    if stored and stored.exists():
-        try:
-            return tvm.runtime.load_module(str(stored))
-        except Exception:  # a damaged file is compiled again and replaced
-            stored.unlink(missing_ok=True)
+    from sparsecc.codegen.tvm.pool import install
+
     built: Any = tvm.compile(from_source(source, extra_vars={"T": T}), target=isa.target())
     module = getattr(built, "mod", built)
     if stored:
-        with contextlib.suppress(OSError):
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            partial = stored.with_name(f"{tag}.{os.getpid()}.tmp")
-            partial.write_text(module.inspect_source("ll"))
-            partial.replace(stored)
-    return module
+        native.store(module, stored)
+        found = native.find(stored, name)
+    if found is not None:
+        return found
+    install()
+    return module[name]
 
 
 def _name(source: str) -> str:

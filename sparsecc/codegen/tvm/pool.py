@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
+
+from sparsecc.codegen.tvm.native import LAUNCHER, mapped
 
 
 @lru_cache(maxsize=1)
@@ -19,24 +20,16 @@ def install() -> Any:
     import torch
     import tvm
 
-    gomp = _mapped("libgomp")
-    ffi = _mapped("libtvm_ffi")
+    gomp = mapped("libgomp")
+    ffi = mapped("libtvm_ffi")
     if gomp is None or ffi is None:
         threads = tvm.get_global_func("runtime.config_threadpool", allow_missing=True)
         if threads is not None:
             threads(1, torch.get_num_threads())
         return None
     ctypes.CDLL(gomp, ctypes.RTLD_GLOBAL)  # lets the JIT resolve GOMP_parallel
-    module = tvm.runtime.load_module(str(Path(__file__).with_name("omp_launch.ll")))
+    module = tvm.runtime.load_module(str(LAUNCHER))
     register = ctypes.CDLL(ffi).TVMFFIEnvModRegisterContextSymbol
     if register(b"__TVMBackendParallelLaunch", ctypes.c_void_p(module["launch_addr"]())):
         raise RuntimeError("TVM refused the OpenMP launcher")
     return module
-
-
-def _mapped(library: str) -> str | None:
-    """The path under which this process has mapped a library."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    return next((line.split()[-1] for line in maps.read_text().splitlines() if library in line), None)
