@@ -105,8 +105,10 @@ class Batch:
     @staticmethod
     def of(nodes: Sequence[fx.Node], tensors: Sequence[fx.Node], sizes: Sequence[fx.Node]) -> Batch | None:
         """None unless every value of the chain has the symbolic batch first, or is one for all sequences."""
-        first = [str(t.shape[0]) for t in map(value_of, tensors) if t.ndim > 2 and isinstance(t.shape[0], torch.SymInt)]
-        values = [value_of(node) for node in (*nodes, *tensors)]
+        if not all(isinstance(value_of(node), Tensor) for node in tensors):
+            return None  # code that lower has just written
+        values = [value_of(node) for node in (*tensors, *nodes)]
+        first = [str(t.shape[0]) for t in values[: len(tensors)] if t.ndim > 2 and isinstance(t.shape[0], torch.SymInt)]
         leading = [str(t.shape[0]) if t.ndim > 2 else "" for t in values if isinstance(t, Tensor)]
         texts = [str(value_of(size)) for size in sizes]
         if not first or not all(text in (first[0], "1") for text in leading) or any(first[0] in text != first[0] for text in texts):
