@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ _SERVICES = {
     "__TVMBackendFreeWorkspace": "release",
 }
 """Variables in which a kernel looks for what TVM's runtime would give it, and the launcher's functions."""
+_RESULT = ctypes.create_string_buffer(16)
+"""Where kernels write that they return nothing; nobody reads it."""
+_REFUSED = "sparsecc: kernel call {} of {} refused its arguments"
 
 
 class Native:
@@ -35,28 +39,27 @@ class Native:
 
     def __init__(self, path: Path, name: str) -> None:
         self.library = ctypes.CDLL(str(path))
-        self.address = _address(self.library[f"__tvm_ffi_{name}"])
+        self.kernel = self.library[f"__tvm_ffi_{name}"]
         self.run = self.library.run
         for variable, function in _SERVICES.items():
             with contextlib.suppress(ValueError):  # this kernel doesn't need it
                 c_void_p.in_dll(self.library, variable).value = _address(self.library[function])
 
     def __call__(self, *args: Any) -> None:
-        Calls([(self, args)])()
+        values = struct.pack(f"{2 * len(args)}q", *_pairs(args))
+        if self.kernel(None, values, len(args), _RESULT):
+            raise RuntimeError(_REFUSED.format(1, 1))
 
 
 class Calls:
     """Kernel calls with their arguments, made one after the other without Python in between."""
 
     def __init__(self, calls: Sequence[tuple[Native, Sequence[Any]]]) -> None:
-        pairs: list[int] = []
-        for _, args in calls:
-            for arg in args:
-                pairs += (_INT, arg) if isinstance(arg, int) else (_POINTER if arg.value else _NONE, arg.value or 0)
+        pairs = [number for _, args in calls for number in _pairs(args)]
         self.values = (c_int64 * len(pairs))(*pairs)
         table, at = [], ctypes.addressof(self.values)
         for kernel, args in calls:
-            table += (kernel.address, at, len(args))
+            table += (_address(kernel.kernel), at, len(args))
             at += 16 * len(args)
         self._table, self._count, self._run = (c_int64 * len(table))(*table), len(calls), calls[0][0].run
         self._kernels = [kernel for kernel, _ in calls]
@@ -64,13 +67,24 @@ class Calls:
     def __call__(self) -> None:
         failed = self._run(self._table, c_int64(self._count))
         if failed:
-            raise RuntimeError(f"sparsecc: kernel call {failed} of {self._count} refused its arguments")
+            raise RuntimeError(_REFUSED.format(failed, self._count))
 
     @staticmethod
     def slots(calls: Sequence[tuple[Native, Sequence[Any]]]) -> list[tuple[c_void_p, int]]:
         """Every address among the arguments, and its index in `values`."""
         every = [arg for _, args in calls for arg in args]
         return [(arg, 2 * i + 1) for i, arg in enumerate(every) if isinstance(arg, c_void_p)]
+
+
+def _pairs(args: Sequence[Any]) -> list[int]:
+    """As TVM wants them: what each argument is, and its value."""
+    pairs: list[int] = []
+    for arg in args:
+        if type(arg) is int:
+            pairs += (_INT, arg)
+        else:
+            pairs += (_POINTER, arg.value) if arg.value else (_NONE, 0)
+    return pairs
 
 
 def find(path: Path, name: str) -> Native | None:
