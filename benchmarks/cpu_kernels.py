@@ -34,7 +34,7 @@ from sparsecc.ir.ops import empty_output
 from sparsecc.runtime.launch import LinearKernel
 from sparsecc.runtime.record import Pool, Recorder
 
-FORMATS = ("bsr(4, 1)", "bsr(8, 1)", "bsr(16, 1)", "csr", "nm(2, 4)", "bitmap", "bsr(16, 16)")
+FORMATS = ("bsr(4, 1)", "bsr(8, 1)", "bsr(16, 1)", "sell(4, 64).panels(192)", "csr", "nm(2, 4)", "bitmap", "bsr(16, 16)")
 SAMPLE = 400e-6
 """Seconds of a sample: long against a call from Python, short against a neighbour's burst."""
 LONGEST = 0.1
@@ -133,7 +133,8 @@ def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: 
     """The best configuration of the backend's space, checked: "step" (the kernel on packed tiles), "call" (row-major in and out),
     "inplace" (token-minor in and out, as between a model's layers; not for one token)."""
     N, K = weight.shape
-    spec = KernelSpec((fmt,), regime="one" if tokens == 1 else "many", ragged=N % fmt.block[0] > 0, wide=K > 65536)
+    ragged, wide = N % (fmt.block[0] * fmt.level.window) > 0, fmt.grid(N, K)[1] > 65536
+    spec = KernelSpec((fmt,), regime="one" if tokens == 1 else "many", ragged=ragged, wide=wide)
     x, nbytes = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)), sum(a.nbytes for a in arrays)
     sets = [arrays]
     limit: Limit = fma
