@@ -113,6 +113,8 @@ class Batch:
         texts = [str(value_of(size)) for size in sizes]
         if not first or not all(text in (first[0], "1") for text in leading) or any(first[0] in text != first[0] for text in texts):
             return None
+        if any(first[0] in str(size) for t in values[: len(tensors)] for size in t.shape[1:]):
+            return None  # captured with as many sequences as something else
         results = [node for node in nodes if any(user not in nodes for user in node.users)]
         if any(str(value_of(node).shape[0]) != first[0] for node in results):
             return None

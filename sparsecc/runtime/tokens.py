@@ -19,8 +19,8 @@ from sparsecc.runtime.record import call, empty, output, set_span, span_of, span
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A tensor [..., S, F] as B sequences of S tokens, by its strides, without a view being made. by_span: between spans of tokens,
-    see codegen/tvm/tiles.py."""
+    """A tensor [..., S, F] as B sequences of S tokens, by its strides, without a view being made. by_span: between spans of tokens
+    (see codegen/tvm/tiles.py), None if the strides are all there is."""
 
     tensor: Tensor
     B: int
@@ -28,16 +28,16 @@ class Tokens:
     by_batch: int
     by_token: int
     by_feature: int
-    by_span: int = SPAN
+    by_span: int | None = None
 
     @property
     def steps(self) -> tuple[int, int, int]:
         """As kernels take them."""
-        return self.by_feature, self.by_span, self.by_batch
+        return self.by_feature, self.by_span or SPAN, self.by_batch
 
     def in_place(self, features: int) -> bool:
         """Token-minor and readable up to the next full vector of tokens: a kernel may use it where it is."""
-        if self.by_span != SPAN:
+        if self.by_span is not None:
             return True
         padded = -(-self.S // TOKEN_TILE) * TOKEN_TILE
         if self.by_token != 1 or self.by_feature % TOKEN_TILE or self.by_feature < padded or self.by_batch % TOKEN_TILE:
@@ -88,7 +88,7 @@ def token_output(features: int, lead: Sequence[int]) -> Tensor:
     """A fresh token-minor [*lead, N]."""
     if spanned():
         made = in_spans(math.prod(lead[:-1]), lead[-1] if lead else 1, features)
-        set_span(made.tensor, made.by_span)
+        set_span(made.tensor, features * made.by_feature)
         batches = list(accumulate(reversed(lead[1:-1]), operator.mul, initial=1))[::-1] if len(lead) > 1 else []
         return made.tensor.as_strided((*lead, features), (*(b * made.by_batch for b in batches), *([1] if lead else []), made.by_feature))
     shape, strides = token_storage(lead, features)
@@ -117,9 +117,9 @@ def move(backend: TvmBackend, x: Tokens, to: Tokens, features: int) -> None:
     """Write x as token-minor vectors, with zeros for the features that x lacks."""
     if x.by_feature != 1 and x.by_token != 1:
         x = sequences(x.tensor.contiguous().view(x.B, x.S, features))
-    by_rows = x.by_feature == 1 and x.by_span == SPAN
+    by_rows = x.by_feature == 1 and x.by_span is None
     code = backend.pack_rows() if by_rows else backend.pack_tokens()
     stride = x.by_token if by_rows else x.by_feature
-    padded = to.by_span // to.by_feature if to.by_span != SPAN else features
+    padded = features if to.by_span is None else to.by_span // to.by_feature
     addresses = c_void_p(x.tensor.data_ptr()), c_void_p(to.tensor.data_ptr())
-    call(code, *addresses, x.B, x.S, features, padded, stride, x.by_span, x.by_batch, *to.steps)
+    call(code, *addresses, x.B, x.S, features, padded, stride, x.by_span or SPAN, x.by_batch, *to.steps)

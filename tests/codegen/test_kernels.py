@@ -63,6 +63,7 @@ CASES = [
     Case("bsr(32, 32)", (80, 100), "gelu", False, "token", CpuConfig(1, 1, 64)),
     Case("bsr(3, 2)", (49, 35), "gelu_tanh", False, "token"),
     Case("nm(2, 4)", (65, 90), "relu", False, "row"),
+    Case("nm(2, 4)", (8, 3), "", False, "token"),
     Case("nm(1, 3)", (34, 64), "", True, "token", CpuConfig(4, 4, 64)),
     Case("bitmap", (40, 83), "silu", True, "row"),
     Case("bitmap.block(4, 1)", (42, 70), "gelu", False, "token"),

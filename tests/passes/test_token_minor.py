@@ -161,6 +161,17 @@ def test_the_compiled_block_replays_every_shape(target: str) -> None:
     assert "sparsecc.attention" in compiled.ir("lower")
 
 
+def test_as_many_sequences_as_tokens() -> None:
+    """The captured sizes may then be one symbol: no sequence may be taken for a token."""
+    model = Block().eval()
+    sparsecc.prune(model, "block(4, 1, 0.8)")
+    x, mask = torch.randn(20, 20, 64), torch.rand(20, 1, 20, 20) < 0.8
+    compiled = sparsecc.compile(model, sparsity="block(4, 1, 0.8)", example_inputs=(x, mask), autotune="none", remainder="eager")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, mask), model(x, mask), rtol=1e-4, atol=1e-5)
+
+
 def test_values_in_spans_are_not_read_by_strides() -> None:
     """Two spans of 64 tokens lie behind each other; what torch may do with them is views."""
     with Recorder(Pool(), spanned=True) as recorder:

@@ -43,6 +43,12 @@ def rows_of_blocks(fmt: Format) -> str:
     return rows if window == 1 else f"{rows} * {window}"
 
 
+def steps(fmt: Format) -> str:
+    """How many steps of `write_parents` walk the rows first..last."""
+    rows, per = fmt.block[0] * fmt.level.window, fmt.level.window // slices(fmt)
+    return f"(last - first + {rows - 1}) // {rows}{f' * {per}' if fmt.level.window > 1 else ''}"
+
+
 def write_parents(w: Writer, fmt: Format, t: int, panel: str, i: str) -> list[str]:
     """Bind `parent{t}` to what `write_entries` walks in step `i` of the rows from `first` on; returns the first row of each of its
     rows of blocks. `panel` is the offset of the panel's parents, or ""."""

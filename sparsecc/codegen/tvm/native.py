@@ -96,7 +96,7 @@ def find(path: Path, name: str) -> Native | None:
     if hashlib.sha256(text[:-32]).digest() != text[-32:]:
         path.unlink(missing_ok=True)
         return None
-    if not _openmp():
+    if not openmp():
         return None
     try:
         return Native(path, name)
@@ -107,7 +107,7 @@ def find(path: Path, name: str) -> Native | None:
 def store(module: Any, path: Path) -> None:
     """Link a compiled TVM module with the launcher; nothing is stored where that fails."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-    if compiler is None or not _openmp():
+    if compiler is None or not openmp():
         return
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError, subprocess.SubprocessError):
         kernel, launcher, library = (Path(folder) / name for name in ("kernel.o", "launcher.o", "kernel.so"))
@@ -134,7 +134,7 @@ def _launcher() -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _openmp() -> bool:
+def openmp() -> bool:
     """Make torch's OpenMP visible to libraries that are loaded from here on; False if it runs no libgomp."""
     gomp = mapped("libgomp")
     if gomp is not None:

@@ -10,7 +10,7 @@ import ctypes
 from functools import lru_cache
 from typing import Any
 
-from sparsecc.codegen.tvm.native import LAUNCHER, mapped
+from sparsecc.codegen.tvm.native import LAUNCHER, mapped, openmp
 
 
 @lru_cache(maxsize=1)
@@ -20,14 +20,12 @@ def install() -> Any:
     import torch
     import tvm
 
-    gomp = mapped("libgomp")
     ffi = mapped("libtvm_ffi")
-    if gomp is None or ffi is None:
+    if not openmp() or ffi is None:  # the JIT resolves GOMP_parallel in torch's OpenMP
         threads = tvm.get_global_func("runtime.config_threadpool", allow_missing=True)
         if threads is not None:
             threads(1, torch.get_num_threads())
         return None
-    ctypes.CDLL(gomp, ctypes.RTLD_GLOBAL)  # lets the JIT resolve GOMP_parallel
     module = tvm.runtime.load_module(str(LAUNCHER))
     register = ctypes.CDLL(ffi).TVMFFIEnvModRegisterContextSymbol
     if register(b"__TVMBackendParallelLaunch", ctypes.c_void_p(module["launch_addr"]())):

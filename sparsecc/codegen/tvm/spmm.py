@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
-from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, value, write_entries, write_parents
+from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, steps, value, write_entries, write_parents
 from sparsecc.codegen.tvm.tiles import place, write_parts, write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
@@ -92,10 +92,9 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, re
     rows = max(r for r in range(1, br + 1) if br % r == 0 and fits(r))
     sets = c if c > 1 else max(1, min(unroll * fmt.block[1], registers // (rows * tile.vectors), 4))
     panels = isinstance(fmt.swizzle, Panels)
-    step = br * fmt.level.window
     with (
         w.block_if(panels, f"for p{t} in range(P{t}):"),
-        w.block(f"for i in range((last - first + {step - 1}) // {step}{f' * {fmt.level.window // c}' if fmt.level.window > 1 else ''}):"),
+        w.block(f"for i in range({steps(fmt)}):"),
         w.block_if(br > rows, f"for sub in range({br // rows}):"),
     ):
         firsts = write_parents(w, fmt, t, f"p{t} * {rows_of_blocks(fmt)} + " if panels else "", "i")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
-from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, value, write_entries, write_parents
+from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, steps, value, write_entries, write_parents
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Format, Panels
 
@@ -46,10 +46,9 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, unroll: int, lanes: int) ->
     width = max(along_rows, along_cols)
     parts, c = br // along_rows, slices(fmt)
     sets = c if c > 1 else max(1, min(unroll, 16 // parts)) if bc // along_cols == 1 else 1
-    step = br * fmt.level.window
     with (
         w.block_if(panels, f"for p{t} in range(P{t}):"),
-        w.block(f"for i in range((last - first + {step - 1}) // {step}{f' * {fmt.level.window // c}' if fmt.level.window > 1 else ''}):"),
+        w.block(f"for i in range({steps(fmt)}):"),
     ):
         rows = write_parents(w, fmt, t, f"p{t} * {rows_of_blocks(fmt)} + " if panels else "", "i")
         w(f'acc = T.alloc_buffer(({sets * parts * width},), "float32", scope="global")')
