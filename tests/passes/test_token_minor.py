@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import sparsecc
 from sparsecc.ir.infer import infer
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import parse_program, print_program
 from sparsecc.passes.layout import Layout
+from sparsecc.runtime.chain import Batch
 from sparsecc.runtime.record import NotAView, Pool, Recorder, empty, span_of
 from sparsecc.runtime.tokens import token_output
 
@@ -161,15 +164,18 @@ def test_the_compiled_block_replays_every_shape(target: str) -> None:
     assert "sparsecc.attention" in compiled.ir("lower")
 
 
-def test_as_many_sequences_as_tokens() -> None:
-    """The captured sizes may then be one symbol: no sequence may be taken for a token."""
-    model = Block().eval()
-    sparsecc.prune(model, "block(4, 1, 0.8)")
-    x, mask = torch.randn(20, 20, 64), torch.rand(20, 1, 20, 20) < 0.8
-    compiled = sparsecc.compile(model, sparsity="block(4, 1, 0.8)", example_inputs=(x, mask), autotune="none", remainder="eager")
-    with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(compiled(x, mask), model(x, mask), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("tokens", "cut"), [(30, True), (20, False)])
+def test_a_batch_that_is_also_another_size_is_not_cut(tokens: int, cut: bool) -> None:
+    """20 sequences captured with 20 tokens may share the symbol: then no size says which of them it is."""
+    sizes = StatelessSymbolicContext([DimDynamic.DUCK, DimDynamic.DUCK, DimDynamic.STATIC])
+    value = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.zeros(20, tokens, 64), symbolic_context=sizes)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.relu, (x,))
+    graph.output(y)
+    for node in (x, y):
+        node.meta["val"] = value
+    assert Batch.of([y], [x], []) == (Batch((True,), ()) if cut else None)
 
 
 def test_values_in_spans_are_not_read_by_strides() -> None:
