@@ -7,7 +7,9 @@ from typing import Literal
 
 from sparsecc.formats import Format
 
-Regime = Literal["many", "one"]
+Regime = Literal["many", "few", "one"]
+
+ActivationType = Literal["f32", "tf32", "f16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,9 @@ class KernelSpec:
     """y[M, N] = epilogue(sum_t W_t x + bias) + residual, W_t [N, K] stored in `formats[t]`, float32 accumulation.
 
     M, N and K are run-time arguments, so layers of other sizes share the code. `layout` is y's: "row" (features consecutive)
-    or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders) or "one" (M = 1: decode).
-    `ragged`: N isn't a multiple of every block's rows. `wide`: coordinates need 32-bit indices.
+    or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders), "few" (up to 16 tokens, where a
+    target tells them apart) or "one" (M = 1: decode). `ragged`: N isn't a multiple of every block's rows; `tail`: K isn't of their
+    columns. `wide`: coordinates need 32-bit indices. `dtype`: of x, residual and y; "tf32" is float32 multiplied in TF32.
     """
 
     formats: tuple[Format, ...]
@@ -26,10 +29,13 @@ class KernelSpec:
     regime: Regime = "many"
     ragged: bool = False
     wide: bool = False
+    tail: bool = False
+    dtype: ActivationType = "f32"
 
     def __str__(self) -> str:
         """`linear(bsr(4, 1) + csr) gelu +residual -> row, many`"""
         tail = f" {self.epilogue}" if self.epilogue else ""
-        facts = f"{', ragged' if self.ragged else ''}{', wide' if self.wide else ''}"
+        facts = "".join(f", {fact}" for fact in ("ragged", "wide", "tail") if getattr(self, fact))
+        facts += f", {self.dtype}" if self.dtype != "f32" else ""
         plus = " +residual" if self.residual else ""
         return f"linear({' + '.join(map(str, self.formats))}){tail}{plus} -> {self.layout}, {self.regime}{facts}"

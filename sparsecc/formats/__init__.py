@@ -4,6 +4,7 @@ from .codec import Codec, Raw
 from .format import Format, parse_format
 from .level import Arrays, Bitmap, Compressed, Dense, Level, Sell
 from .measure import CANDIDATE_BLOCKS, BlockMeasure, Measurement, detect, measure
+from .packed import PackedNM
 from .pattern import (
     ANY,
     NM,
@@ -39,6 +40,7 @@ __all__ = [
     "Identity",
     "Level",
     "Measurement",
+    "PackedNM",
     "Panels",
     "Pattern",
     "Raw",

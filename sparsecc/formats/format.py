@@ -18,6 +18,7 @@ from sparsecc.errors import FormatError, ShapeError
 
 from .codec import Codec, Raw
 from .level import NM, Arrays, Bitmap, Compressed, Dense, Level, Sell, Size, ceil_div
+from .packed import PackedNM
 from .swizzle import Identity, Panels, Swizzle
 from .text import Reader
 
@@ -31,7 +32,9 @@ class Format:
     bsr(4, 1).bf16.panels(128)                  4x1 blocks, values in bf16, in strips of 128 block columns
     sell(4, 64).panels(128)                     the nonzeros, sorted by row length, in strips of 128 columns
     nm(2, 4)                                    2 of every 4
+    packed_nm(2, 4)                             the same, positions in as few bits as hold them
     bitmap.block(1, 16)                         one bit per 1x16 block
+    bitmap(64).f16.panels(64)                   one bit per entry, tiles of 64 rows and 64 columns
     """
 
     level: Level
@@ -139,7 +142,8 @@ _HEADS: dict[str, tuple[Callable[..., Format], tuple[int, ...]]] = {
     "bsr": (lambda r, c: Format(Compressed(), (r, c)), (2,)),
     "sell": (lambda c, sigma: Format(Sell(c, sigma)), (2,)),
     "nm": (lambda n, m: Format(NM(n, m)), (2,)),
-    "bitmap": (lambda: Format(Bitmap()), (0,)),
+    "packed_nm": (lambda n, m: Format(PackedNM(n, m)), (2,)),
+    "bitmap": (lambda every=1: Format(Bitmap(every)), (0, 1)),
 }
 _EXTRAS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = {
     "block": (lambda r, c: {"block": (r, c)}, (2,)),

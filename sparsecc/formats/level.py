@@ -205,7 +205,7 @@ class NM(Level):
         chosen = groups | (free & (free.cumsum(-1, dtype=torch.int16) <= room))
         offset = chosen.view(-1).nonzero()[:, 0] % self.m
         arrays: Arrays = {"idx": offset.to(torch.uint8)}
-        slots = self.unpack(arrays, *occ.shape)
+        slots = NM.unpack(self, arrays, *occ.shape)
         slots[:, 1].masked_fill_(free[chosen], -1)
         return arrays, slots
 
@@ -243,19 +243,29 @@ class NM(Level):
 class Bitmap(Level):
     """`bitmap`: one bit per coordinate, bit j of word w for coordinate 16 w + j; `ptr` as the offset of a parent's first block.
 
-    ptr int32[P+1]; bits uint16[P, ceil(C / 16)].
+    `bitmap(every)` keeps one offset per `every` parents, from which a kernel counts bits: a GPU tile of 64 short rows needs one.
+    ptr int32[P / every + 1]; bits uint16[P, ceil(C / 16)].
     """
 
+    every: int = 1
     components: ClassVar[tuple[str, ...]] = ("ptr", "bits")
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.every, int) and self.every >= 1):
+            raise FormatError(f"bitmap(every) needs a positive integer, got {self.every}")
+
     def __str__(self) -> str:
-        return "bitmap"
+        return "bitmap" if self.every == 1 else f"bitmap({self.every})"
+
+    @property
+    def window(self) -> int:
+        return self.every
 
     def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
         P, C = occ.shape
         words = F.pad(occ, (0, -C % 16)).view(P, ceil_div(C, 16), 16)
         bits = (words * self._weights()).sum(-1, dtype=torch.int32).to(torch.uint16)
-        return {"ptr": _row_pointers(occ), "bits": bits}, occ.nonzero()
+        return {"ptr": _row_pointers(occ)[:: self.every].contiguous(), "bits": bits}, occ.nonzero()
 
     def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
         words = arrays["bits"].to(torch.int32).unsqueeze(-1) & self._weights()
@@ -265,7 +275,7 @@ class Bitmap(Level):
         return {"ptr": torch.int32, "bits": torch.uint16}
 
     def nbytes(self, P: Size, C: Size, S: Size) -> Size:
-        return 4 * (P + 1) + 2 * P * ceil_div(C, 16)
+        return 4 * (P // self.every + 1) + 2 * P * ceil_div(C, 16)
 
     def _weights(self) -> Tensor:
         return torch.ones(16, dtype=torch.int32) << torch.arange(16, dtype=torch.int32)

@@ -20,7 +20,7 @@ from sparsecc.codegen.tvm.spmm import spmm_source
 from sparsecc.codegen.tvm.spmv import spmv_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source
 from sparsecc.debug import cache_dir
-from sparsecc.formats import Sell
+from sparsecc.formats import Bitmap, PackedNM, Sell
 
 _LOCK = threading.Lock()
 _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
@@ -53,6 +53,8 @@ class TvmBackend:
         if not spec.formats:
             return "low-rank terms run as two dense products"
         for fmt in spec.formats:
+            if isinstance(fmt.level, PackedNM) or (isinstance(fmt.level, Bitmap) and fmt.level.every > 1):
+                return f"{fmt.level} is a GPU's storage"
             if fmt.block[0] > 64 or fmt.block[1] > 64:
                 return f"blocks of {fmt.block[0]}x{fmt.block[1]} are larger than 64"
         return None

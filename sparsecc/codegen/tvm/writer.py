@@ -1,9 +1,11 @@
-"""Lines of TVMScript with indentation, and the pieces that kernels share."""
+"""TVMScript, and the pieces of it that kernels share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+
+from sparsecc.codegen.lines import Lines
 
 ALIGN = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int32": 4}
 
@@ -12,28 +14,8 @@ Registers = Callable[[int, int], str]
 """(row, vector) -> the accumulator."""
 
 
-class Writer:
-    """Collects lines: `with w.block("for i in range(n):"): w("...")`."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.depth = 0
-        self.made = 0
-
-    def __call__(self, line: str) -> None:
-        self.lines.append("    " * self.depth + line)
-
-    @contextmanager
-    def block(self, head: str) -> Iterator[None]:
-        """An indented block under `head`."""
-        self(head)
-        self.depth += 1
-        yield
-        self.depth -= 1
-
-    def block_if(self, condition: bool, head: str) -> AbstractContextManager[None]:
-        """A block where the condition holds, else just the lines."""
-        return self.block(head) if condition else nullcontext()
+class Writer(Lines):
+    """Lines, and the idioms of TVMScript."""
 
     def let(self, name: str, value: str) -> str:
         """Bind an expression to a new name and return that."""
@@ -69,10 +51,6 @@ class Writer:
             self('T.attr(T.int32(0), "device_id", 0)')
             self('T.attr(T.int32(0), "device_type", 1)')
             yield
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines) + "\n"
 
 
 def vec(buffer: str, offset: str | int, lanes: int) -> str:

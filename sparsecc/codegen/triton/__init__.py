@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: sparse linears as readable source, for any device that Triton compiles for."""

@@ -1,0 +1,165 @@
+"""Calling a GPU kernel: tensors to pointers, scratch, and a launch whose arguments nobody looks at again."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecc.codegen.kernel import KernelSpec, Regime
+from sparsecc.codegen.triton.backend import TritonBackend
+from sparsecc.codegen.triton.compiler import compiled, function, interpreting
+from sparsecc.codegen.triton.config import GpuConfig
+from sparsecc.codegen.triton.devices import Device
+from sparsecc.codegen.triton.linear import tile_rows, transposes
+from sparsecc.errors import TargetError
+
+FEW = 16
+"""Up to so many tokens the regime is "few": one narrow tile."""
+
+
+def regime_of(tokens: int) -> Regime:
+    """Which of the kernels of one stored weight serves so many tokens."""
+    return "one" if tokens == 1 else "few" if tokens <= FEW else "many"
+
+
+class Launch:
+    """A kernel's text as fn(grid, tensors, integers). Compiled at the first call, per device of the machine.
+
+    Triton's own launch path looks at every argument at every call; here the handle of the compiled function is kept, and addresses go
+    straight to the driver's launcher.
+    """
+
+    def __init__(self, source: str, device: Device) -> None:
+        self.source, self.device = source, device
+        self._bound: dict[int, tuple[Any, Any, Any]] = {}
+        self._function = function(source) if interpreting() else None
+        self._lock = threading.Lock()
+
+    def __call__(self, grid: tuple[int, int], tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        if self._function is not None:
+            self._function[grid](*tensors, *numbers)
+            return
+        at = tensors[0].get_device()
+        run, handle, metadata = self._bound.get(at) or self._bind(at)
+        stream = torch._C._cuda_getCurrentRawStream(at)
+        if at == torch.cuda.current_device():
+            run(*grid, 1, stream, handle, metadata, None, None, None, *[t.data_ptr() for t in tensors], *numbers)
+            return
+        with torch.cuda.device(at):
+            run(*grid, 1, stream, handle, metadata, None, None, None, *[t.data_ptr() for t in tensors], *numbers)
+
+    def _bind(self, at: int) -> tuple[Any, Any, Any]:
+        with self._lock, torch.cuda.device(at):
+            if at not in self._bound:
+                kernel = compiled(self.source, self.device).kernel
+                self._bound[at] = (kernel.run, kernel.function, kernel.packed_metadata)
+            return self._bound[at]
+
+
+class GpuLinear:
+    """fn(x [..., K], params, bias [N], residual [..., N]) -> y [..., N] contiguous, for one shape, spec and configuration.
+
+    Code for other numbers of tokens is made when it is first needed, from the same stored weight. x may have any strides and
+    alignment: what the kernel cannot read in place is copied. Safe on any stream and device, and under CUDA graph capture.
+    """
+
+    def __init__(self, backend: TritonBackend, spec: KernelSpec, config: GpuConfig, shape: tuple[int, int]) -> None:
+        self.backend, self.spec, self.shape = backend, spec, shape
+        self._configs: dict[str, GpuConfig] = {spec.regime: config}
+        self._launches: dict[str, Callable[..., Any]] = {}
+        self._zeros: dict[torch.device, Tensor] = {}
+        self._counters: dict[tuple[torch.device, int], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, tokens: int) -> GpuLinear:
+        """Compile what a call with this many tokens needs."""
+        self._launch(regime_of(tokens))
+        return self
+
+    def source(self, tokens: int) -> str:
+        """The text of the kernel that serves this many tokens."""
+        regime = regime_of(tokens)
+        return self.backend.source(replace(self.spec, regime=regime), self._config(regime))
+
+    def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        N, K = self.shape
+        lead = x.shape[:-1]
+        tokens = math.prod(lead)
+        y = torch.empty((*lead, N), dtype=x.dtype, device=x.device)
+        if tokens == 0 or N == 0:
+            return y
+        if params and params[-1].device != x.device:
+            raise TargetError(f"the weight is on {params[-1].device}, the input on {x.device}: move the input there")
+        regime = regime_of(tokens)
+        spec, config = replace(self.spec, regime=regime), self._config(regime)
+        x = _rows(x, K)
+        tensors = [x]
+        numbers = [tokens, N, K, x.stride(0)]
+        if transposes(spec):
+            xt = _padded(tokens, K, x)
+            tensors.append(xt)
+            numbers.append(xt.stride(0))
+        tensors += [y, self._zero(x) if bias is None else bias.to(x.dtype).contiguous()]
+        if residual is not None:
+            residual = residual.expand(*lead, N).reshape(tokens, N)
+            residual = residual if residual.stride(1) == 1 and _aligned(residual) else residual.clone(memory_format=torch.contiguous_format)
+            tensors.append(residual)
+            numbers.append(residual.stride(0))
+        tensors += params
+        rows = tile_rows(spec, config)
+        tiles = -(-N // rows) * (1 if regime == "one" else -(-tokens // config.bm))
+        if config.split > 1:
+            size = rows * (1 if regime == "one" else config.bm)
+            tensors += [torch.empty(tiles * config.split * size, dtype=torch.float32, device=x.device), self._counter(x.device, tiles)]
+        self._launch(regime)((tiles, config.split), tensors, numbers)
+        return y
+
+    def _config(self, regime: Regime) -> GpuConfig:
+        if regime not in self._configs:
+            self._configs[regime] = self.backend.space(replace(self.spec, regime=regime))[0]
+        return self._configs[regime]
+
+    def _launch(self, regime: Regime) -> Callable[..., Any]:
+        if regime not in self._launches:
+            self._launches[regime] = self.backend.load(self.backend.source(replace(self.spec, regime=regime), self._config(regime)))
+        return self._launches[regime]
+
+    def _zero(self, x: Tensor) -> Tensor:
+        if x.device not in self._zeros:
+            self._zeros[x.device] = torch.zeros(self.shape[0], dtype=x.dtype, device=x.device)
+        return self._zeros[x.device]
+
+    def _counter(self, device: torch.device, tiles: int) -> Tensor:
+        """Counters of finished parts, zero before and after every launch; streams run side by side, so each has its own."""
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+        with self._lock:
+            found = self._counters.get((device, stream))
+            if found is None or found.numel() < tiles:
+                found = self._counters[device, stream] = torch.zeros(tiles, dtype=torch.int32, device=device)
+            return found
+
+
+def _rows(x: Tensor, K: int) -> Tensor:
+    """x as [M, K] whose rows begin on 16 bytes, 16 elements apart or a multiple of that: the tensor itself, or a copy."""
+    flat = x.reshape(-1, K)
+    if flat.stride(1) == 1 and flat.stride(0) % 16 == 0 and _aligned(flat) and flat.stride(0) >= K:
+        return flat
+    copy = torch.empty(len(flat), -(-K // 16) * 16, dtype=x.dtype, device=x.device)[:, :K]
+    return copy.copy_(flat)
+
+
+def _padded(tokens: int, K: int, x: Tensor) -> Tensor:
+    """x^T [K, M], rows on 16 bytes."""
+    return torch.empty(K, -(-tokens // 16) * 16, dtype=x.dtype, device=x.device)[:, :tokens].copy_(x.T)
+
+
+def _aligned(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0 and (t.stride(0) * t.element_size()) % 16 == 0
+
+
