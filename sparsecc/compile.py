@@ -13,7 +13,6 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sparsecc import debug
-from sparsecc.autotune.cache import TuneCache
 from sparsecc.autotune.progress import progress
 from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
@@ -29,6 +28,7 @@ from sparsecc.passes.pack import tokens_of
 from sparsecc.runtime.module import CompiledModule
 from sparsecc.runtime.remainder import Remainder, finish
 from sparsecc.spec import SparsitySpec, SpecLike
+from sparsecc.target import check_target, is_elsewhere, require_device, tuner_of
 
 EFFORTS = ("none", "quick", "full")
 SECONDS = {"none": 60.0, "quick": 45.0, "full": 600.0}
@@ -52,10 +52,7 @@ class Options:
             raise SpecError(f"autotune={self.autotune!r}: use {', '.join(map(repr, EFFORTS))}")
         if self.remainder not in ("auto", "inductor", "eager"):
             raise SpecError(f"remainder={self.remainder!r}: use 'auto', 'inductor' or 'eager'")
-        kind = self.target.partition(":")[0]
-        if kind not in ("cpu", "reference"):
-            known = "'cpu', 'cpu:avx512', 'cpu:avx2', 'cpu:portable' or 'reference'"
-            raise TargetError(f"target {self.target!r} has no backend here: use {known}")
+        check_target(self.target)
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Options:
@@ -67,14 +64,9 @@ class Options:
         return Options(**options)
 
     def tuner(self, on_choice: Callable[[str], None]) -> Any:
-        """The target's tuner, None for the reference target. Imports the code generator. Raises TargetError."""
-        if self.target == "reference":
-            return None
-        from sparsecc.codegen.tvm.backend import TvmBackend
-        from sparsecc.runtime.tuner import CpuTuner
-
+        """The target's tuner, None for the reference target. Raises TargetError."""
         seconds = SECONDS[self.autotune] if self.tune_seconds is None else self.tune_seconds
-        return CpuTuner(TvmBackend.of(self.target.partition(":")[2]), self.autotune, seconds, TuneCache(), on_choice)
+        return tuner_of(self.target, self.autotune, seconds, on_choice)
 
 
 def compile(
@@ -89,7 +81,8 @@ def compile(
 ) -> CompiledModule:
     """A module that computes what `model` computes, with the zeros of its linear weights skipped where that is faster.
 
-    target: "cpu" (the widest vectors of this machine), "cpu:avx512" | "cpu:avx2" | "cpu:portable", or "reference" (dense meaning).
+    target: "cpu" (the widest vectors of this machine), "cpu:avx512" | "cpu:avx2" | "cpu:portable", "cuda" (this machine's GPU), a GPU to
+      compile for without having it ("cuda:sm_90", "hip:gfx942": to be explained and read, not run), or "reference" (dense meaning).
     sparsity: None or "detect" exploits the zeros that are there; a pattern ("2:4", "block(4, 1)", sparsecc.nm(2, 4)) is a requirement on
       every linear weight; a dict maps globs over module names to patterns, "detect" or "dense".
     example_inputs: the arguments to capture with, a tuple of positional or a dict of keyword ones (or a single tensor); by default
@@ -136,8 +129,7 @@ def compile_program(program: Program, example_inputs: Sequence[Any], **options: 
 
 def build(program: Program, example_inputs: Sequence[Any], options: Options) -> Built:
     """Run the passes on a captured program, then hand the dense rest to Inductor."""
-    if options.target != "reference":
-        _require_cpu(program)
+    require_device(program, options.target)
     knobs = debug.knobs([one.name for one in PIPELINE])
     dumper = debug.Dumper(knobs.dump) if knobs.dump else None
     if dumper is not None:
@@ -164,7 +156,17 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
                 dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
         dumper.weights(history.program, "lowered.safetensors")
     notes = {} if tuner is None else tuner.notes
-    return Built(finish(history.program, options.remainder), history, explanation(history, options, notes))
+    run = not_here(options.target) if is_elsewhere(options.target) else finish(history.program, options.remainder)
+    return Built(run, history, explanation(history, options, notes))
+
+
+def not_here(target: str) -> Callable[..., Sequence[Any]]:
+    """What a module compiled for another machine does when it is called."""
+
+    def run(*inputs: Any) -> Sequence[Any]:
+        raise TargetError(f"this model was compiled for {target!r}, to be looked at: on a machine that has it, compile for 'cuda'")
+
+    return run
 
 
 def explanation(history: History, options: Options, notes: Mapping[str, str]) -> Explanation:
@@ -173,13 +175,6 @@ def explanation(history: History, options: Options, notes: Mapping[str, str]) ->
     regions = [steps[-1].program.region(view.node) for view in steps[-1].program.linears()]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes})
-
-
-def _require_cpu(program: Program) -> None:
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and isinstance(tensor := program.const(node), torch.Tensor) and tensor.device.type != "cpu":
-            name = program.weight_name(node)
-            raise TargetError(f"{name} is on {tensor.device}, which the CPU target cannot serve: load the model's weights on the CPU first")
 
 
 def _spec_for(program: Program, spec: SparsitySpec) -> SparsitySpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .measure import interleaved
+from .measure import Timing, interleaved
 
 Effort = Literal["none", "quick", "full"]
 
@@ -34,6 +34,9 @@ class Candidate:
     predicted: float
     build: Callable[[], Callable[[], Tensor]]
 
+
+Race = Callable[[Mapping[str, Callable[[], Tensor]], float, int], Mapping[str, Timing]]
+"""race(calls, seconds, least rounds) -> the timing of each, as `measure.interleaved`."""
 
 Entrant = tuple[Candidate, Callable[[], Tensor]]
 
@@ -56,6 +59,7 @@ def contest(
     effort: Effort,
     deadline: float,
     top: int | None = None,
+    race: Race = interleaved,
 ) -> list[Result]:
     """One result per candidate and one for `dense`, sorted best first; the first is the winner and has no error.
 
@@ -69,16 +73,16 @@ def contest(
     if effort == "none" or not ready:
         entrants = [Result(c.name, c.predicted, None, None) for c in (dense, *(c for c, _ in ready))]
         return sorted(entrants, key=lambda r: r.predicted) + out
-    entrants = _race([(dense, dense.build()), *ready], SECONDS[effort], deadline)
+    entrants = _race([(dense, dense.build()), *ready], SECONDS[effort], deadline, race)
     return sorted(entrants, key=lambda r: r.seconds or 0.0) + out
 
 
-def _race(ready: Sequence[Entrant], seconds: float, deadline: float) -> list[Result]:
+def _race(ready: Sequence[Entrant], seconds: float, deadline: float, race: Race) -> list[Result]:
     """Time the entrants against the first, `seconds` each or what is left until the deadline."""
     left = deadline - time.monotonic()
     wanted = seconds * len(ready)
     calls = {str(i): call for i, (_, call) in enumerate(ready)}  # two candidates may share a name
-    timings = interleaved(calls, max(0.0, min(wanted, left)), min_rounds=5 if wanted <= left else 3)
+    timings = race(calls, max(0.0, min(wanted, left)), 5 if wanted <= left else 3)
     # Ratios survive a noisy neighbour, medians of different functions do not: seconds are put on the scale of the first median.
     scale = timings["0"].median
     return [Result(c.name, c.predicted, scale * t.ratio, None) for (c, _), t in zip(ready, timings.values(), strict=True)]

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from sparsecc.formats import Format
+from sparsecc.formats import Format, Pattern
 from sparsecc.spec import SparsitySpec
 
 Kernel = Callable[[Tensor, list[Tensor], Tensor | None, Tensor | None], Tensor]
@@ -56,16 +57,23 @@ class Attention:
 
 
 class Tuner(Protocol):
-    """The target, as far as passes need it."""
+    """The target, as far as passes need it. `token_minor`: whether its kernels like values between them token-minor."""
+
+    token_minor: bool
+
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
+        """Storage for the weight's zeros that is worth trying, the natural one first; values are rounded only to a codec by name."""
+        ...
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest way that was measured, dense included."""
         ...
 
     def kernel(
-        self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str
+        self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str,
+        dtype: torch.dtype = torch.float32, tokens: int = 128,
     ) -> tuple[str, Kernel]:
-        """The key that stands in the program, and the code behind it."""
+        """The key that stands in the program, and the code behind it. `dtype`: of the activations; `tokens`: M that `config` is for."""
         ...
 
     def norm(self, kind: str, layout: str) -> tuple[str, Any]:

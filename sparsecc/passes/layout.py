@@ -46,6 +46,8 @@ class Layout:
         return {}
 
     def run(self, program: Program, context: Any = None) -> None:
+        if isinstance(context, Context) and context.tuner is not None and not context.tuner.token_minor:
+            return
         plan = _Plan.of(program)
         plan.settle()
         slower = {node for node in plan.attentions if not _attention_pays(node, context)}

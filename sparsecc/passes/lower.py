@@ -17,6 +17,7 @@ from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
 from sparsecc.passes.context import Context
+from sparsecc.passes.pack import tokens_of
 
 aten = torch.ops.aten
 
@@ -48,8 +49,10 @@ class Lower:
         for view in program.linears():
             if tuner is not None and all(term.format is not None for term in view.terms):
                 formats = [term.format for term in view.terms if term.format is not None]
+                dtype = view.terms[0].dtype
                 config = str(program.region(view.node).more.get("config", ""))
-                key, kernel = tuner.kernel(formats, view.epilogue, view.residual is not None, view.layout, view.shape, config)
+                residual = view.residual is not None
+                key, kernel = tuner.kernel(formats, view.epilogue, residual, view.layout, view.shape, config, dtype, tokens_of(view.x))
                 KERNELS[key] = kernel
                 view.replace(kernel=key)
             elif not view.plain:

@@ -54,7 +54,7 @@ def _pack(program: Program, view: LinearView, context: Context) -> None:
     name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
     codec = context.spec.rule_for(name).codec
     tokens = tokens_of(view.x)
-    formats = formats_for(pattern, weight, codec, tokens)
+    formats = context.tuner.formats(pattern, weight, codec, tokens)
     kept = [fmt for fmt in formats if fmt.refuses(weight) is None]
     region.more |= {"m": tokens, "shape": tuple(weight.shape), "zeros": 1 - int(weight.count_nonzero()) / max(1, weight.numel()),
                     "dense_bytes": weight.numel() * weight.element_size()}
@@ -65,7 +65,7 @@ def _pack(program: Program, view: LinearView, context: Context) -> None:
     _note(region, choice)
     if choice.format is None:
         return
-    arrays = choice.format.pack(weight)
+    arrays = {part: array.to(weight.device) for part, array in choice.format.pack(weight).items()}
     hint = str(view.params[0].target)
     params = [program.add_const(f"{hint}_{part}", array, program.weight_name(view.params[0])) for part, array in arrays.items()]
     region.bytes = sum(array.numel() * array.element_size() for array in arrays.values())

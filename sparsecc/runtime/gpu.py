@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,16 +16,9 @@ from sparsecc.codegen.triton.backend import TritonBackend
 from sparsecc.codegen.triton.compiler import compiled, function, interpreting
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.devices import Device
+from sparsecc.codegen.triton.facts import regime_of
 from sparsecc.codegen.triton.linear import tile_rows, transposes
 from sparsecc.errors import TargetError
-
-FEW = 16
-"""Up to so many tokens the regime is "few": one narrow tile."""
-
-
-def regime_of(tokens: int) -> Regime:
-    """Which of the kernels of one stored weight serves so many tokens."""
-    return "one" if tokens == 1 else "few" if tokens <= FEW else "many"
 
 
 class Launch:
@@ -143,6 +136,23 @@ class GpuLinear:
             if found is None or found.numel() < tiles:
                 found = self._counters[device, stream] = torch.zeros(tiles, dtype=torch.int32, device=device)
             return found
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A kernel for a device that isn't here: it can be read, not run."""
+
+    backend: TritonBackend
+    spec: KernelSpec
+    config: Any
+    shape: tuple[int, int]
+
+    def source(self, tokens: int) -> str:
+        """The text of the kernel, of the regime that it was chosen for."""
+        return self.backend.source(self.spec, self.config)
+
+    def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        raise TargetError(f"this model was compiled for {self.backend.device.target}, to be looked at; on that machine use target='cuda'")
 
 
 def _rows(x: Tensor, K: int) -> Tensor:

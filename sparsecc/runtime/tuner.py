@@ -18,12 +18,14 @@ from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, con
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
-from sparsecc.formats import Dense, Format
+from sparsecc.formats import Dense, Format, Pattern
 from sparsecc.formats.grid import kept_blocks
-from sparsecc.ir.ops import ACTIVATIONS, empty_output
+from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import key_mask
 from sparsecc.passes.context import Attention, Choice, Problem
+from sparsecc.passes.pack import formats_for
 from sparsecc.runtime.between import AttentionKernel, AttentionSpec, MaskKernel, NormKernel, NormSpec
+from sparsecc.runtime.calls import Call
 from sparsecc.runtime.launch import LinearKernel
 
 TOLERANCE = 2e-5
@@ -42,11 +44,16 @@ class CpuTuner:
     seconds: float = 45.0
     cache: TuneCache = field(default_factory=TuneCache)
     on_choice: Callable[[str], None] = lambda text: None
+    token_minor: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
         self._kernels: dict[str, LinearKernel] = {}
         self.notes: dict[str, str] = {}  # for the explanation's header
+
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
+        """See `passes.pack.formats_for`."""
+        return formats_for(pattern, weight, codec, tokens)
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
@@ -64,7 +71,8 @@ class CpuTuner:
         return self._choice(problem, [Result(**r) for r in found["results"]], candidates)
 
     def kernel(
-        self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str
+        self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str,
+        dtype: torch.dtype = torch.float32, tokens: int = 128,
     ) -> tuple[str, LinearKernel]:
         """The key that stands in the program, and the kernel, one per shape, spec and configuration."""
         spec = _spec(tuple(formats), epilogue, residual, layout, shape)
@@ -165,44 +173,6 @@ class CpuTuner:
         tokens = problem.tokens if problem.tokens <= 2 else 2 ** math.ceil(math.log2(problem.tokens))
         call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}"
         return f"{N}x{K} {problem.weight.dtype} M={tokens} kept={density / 50:.2f} {call} {digest}"
-
-
-class Call:
-    """The problem with made-up activations: as the dense code runs it, as a candidate does, and in float64."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        N, K = problem.weight.shape
-        random = torch.Generator().manual_seed(0)
-        self.x = torch.randn(problem.tokens, K, generator=random).to(problem.weight.dtype)
-        self.bias = torch.randn(N, generator=random).to(problem.weight.dtype)
-        self.res = torch.randn(problem.tokens, N, generator=random).to(problem.weight.dtype) if problem.residual else None
-        self.act = ACTIVATIONS[problem.epilogue].fn
-        lossy = any(str(fmt.codec) != "f32" for fmt in problem.formats)
-        self.rounding = 1e-2 if lossy or problem.weight.dtype != torch.float32 else 0.0
-
-    def dense(self) -> Callable[[], Tensor]:
-        """torch's own code on the weight as it is."""
-        weight = self.problem.weight.contiguous()
-
-        def run() -> Tensor:
-            y = self.act(F.linear(self.x, weight, self.bias))
-            return y if self.res is None else y + self.res
-
-        return run
-
-    def candidate(self, tuner: CpuTuner, fmt: Format, config: CpuConfig) -> Callable[[], Tensor]:
-        """A kernel on the packed weight."""
-        shape = (self.problem.weight.shape[0], self.problem.weight.shape[1])
-        _, kernel = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, "row", shape, to_text(config))
-        params = list(fmt.pack(self.problem.weight).values())
-        kernel.prepare(self.problem.tokens)
-        return lambda: kernel(self.x, params, self.bias, self.res)
-
-    def reference(self) -> Tensor:
-        """float64."""
-        y = self.act(F.linear(self.x.double(), self.problem.weight.double(), self.bias.double()))
-        return y if self.res is None else y + self.res.double()
 
 
 class AttentionCall:

@@ -41,7 +41,9 @@ class FakeTuner:
     def choose(self, problem: Problem) -> Choice:
         raise AssertionError("lower chooses nothing")
 
-    def kernel(self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str) -> Any:
+    def kernel(self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str,
+               dtype: torch.dtype, tokens: int) -> Any:
+        assert (dtype, tokens) == (torch.float32, 4)
         self.made.append(([str(f) for f in formats], epilogue, residual, layout, shape, config))
 
         def run(x: Tensor, params: list[Tensor], bias: Tensor | None, res: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecc.formats import Format, parse_format, parse_pattern
+from sparsecc.formats import Format, Pattern, parse_format, parse_pattern
 from sparsecc.ir.infer import infer
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import parse_program
@@ -40,12 +40,16 @@ class FakeTuner:
     def __init__(self, pick: Callable[[Problem], Format | None] = lambda p: p.formats[0]) -> None:
         self.pick, self.problems = pick, []
 
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
+        return formats_for(pattern, weight, codec, tokens)
+
     def choose(self, problem: Problem) -> Choice:
         self.problems.append(problem)
         fmt = self.pick(problem)
         return Choice(fmt, "cpu(vectors=2)" if fmt else "", 1e-6, 2e-6, 4e-6, 0.4, "because", {"dense": 4e-6})
 
-    def kernel(self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str) -> Any:
+    def kernel(self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str,
+               dtype: torch.dtype, tokens: int) -> Any:
         raise AssertionError("pack makes no kernels")
 
 

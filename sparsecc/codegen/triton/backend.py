@@ -54,7 +54,8 @@ def _space(spec: KernelSpec) -> list[GpuConfig]:
         if BITMAP in kinds:
             return [GpuConfig(bm=16, split=split, warps=warps, stages=1) for warps in (4, 8) for split in (4, 1, 8)]
         bk = 64 if BSR in kinds else 256
-        return [GpuConfig(bm=16, bn=rows, bk=bk, split=split, stages=stages) for rows, split in ((16, 1), (32, 4), (16, 4)) for stages in (1, 3)]
+        tiles = ((16, 1), (32, 4), (16, 4))
+        return [GpuConfig(bm=16, bn=rows, bk=bk, split=split, stages=stages) for rows, split in tiles for stages in (1, 3)]
     if CSR in kinds:
         tokens = (16,) if spec.regime == "few" else (64, 128)
         return [GpuConfig(bm=bm, bn=rows, split=1, warps=warps, stages=1) for bm in tokens for rows, warps in ((16, 4), (32, 8), (8, 4))]

@@ -81,7 +81,7 @@ def _expand(tile: Tile, t: int, q: int) -> None:
     br, bc = fmt.block
     w(f"before = ((sums_{q} << 8)[:, None] >> byte{t}) & 0xFF")
     w(f"before += tl.where(nibble{t} % 2 == 1, (nibbles_{q}[:, None] >> byte{t}) & 0xF, 0)")
-    w(f"rank = at[:, None] + before.to(tl.int32)")
+    w("rank = at[:, None] + before.to(tl.int32)")
     w(f"four = (word_{q}[:, None] >> (nibble{t} * 4)).to(tl.int32)")
     for e in range(4):
         w(f"kept_{e} = (four & {1 << e}) != 0")

@@ -8,11 +8,14 @@ from __future__ import annotations
 from sparsecc.codegen.triton.tile import Tile
 from sparsecc.formats import Format
 
+SIDES = (16, 32, 64, 128)
+"""Of blocks that fill matrix instructions."""
+
 
 def refuses_bsr(fmt: Format) -> str | None:
     """Why this family cannot run the format, or None."""
-    if not all(side in (16, 32, 64, 128) for side in fmt.block):
-        return f"blocks of {fmt.block[0]}x{fmt.block[1]} don't fill matrix instructions: sides of 16, 32, 64 or 128 do"
+    if not all(side in SIDES for side in fmt.block):
+        return f"blocks of {fmt.block[0]}x{fmt.block[1]} don't fill matrix instructions: sides of {', '.join(map(str, SIDES))} do"
     return None
 
 

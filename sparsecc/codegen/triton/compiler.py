@@ -39,6 +39,13 @@ class Binary:
     warps: int
     asm: dict[str, str]
 
+    def __str__(self) -> str:
+        """`96 registers, no spills, 48 kB shared, occupancy 25 %, wgmma.mma_async.m64n128k16`"""
+        spills = f"{self.spills} bytes spilled" if self.spills else "no spills"
+        matrix = f", {self.matrix.replace('.sync.aligned', '').partition('.f32')[0]}" if self.matrix else ""
+        shared = f"{self.shared / 1024:.0f} kB shared"
+        return f"{self.registers} registers, {spills}, {shared}, occupancy {100 * self.occupancy:.0f} %{matrix}"
+
     @property
     def occupancy(self) -> float:
         """Warps that a multiprocessor holds of those that it can."""
@@ -155,7 +162,7 @@ def _cuda(cubin: bytes) -> tuple[int, int]:
         said = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
     if found is None:
-        raise TargetError(f"cuobjdump cannot read this kernel, so registers and spills are unknown: {said.stderr.strip() or said.stdout.strip()}")
+        raise TargetError(f"cuobjdump cannot read this kernel, so registers and spills are unknown: {said.stderr.strip() or said.stdout}")
     return int(found[1]), int(found[2])
 
 

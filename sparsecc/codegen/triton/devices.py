@@ -65,7 +65,8 @@ def own_device() -> Device:
     import torch
 
     if not torch.cuda.is_available():
-        why = "torch was built without CUDA" if torch.version.cuda is None and torch.version.hip is None else "torch finds no device or driver"
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        why = "torch finds no device or driver" if built else "this torch was built without CUDA"
         known = ", ".join(map(repr, devices()))
         raise TargetError(
             f"target 'cuda' needs a GPU, and {why}. To see what would run on one, compile for {known}; TRITON_INTERPRET=1 runs "

@@ -151,7 +151,7 @@ def _add_up(tile: Tile) -> None:
     """The part that finishes last adds up all of them in order, so that equal inputs give equal bits."""
     w, config = tile.w, tile.config
     size = tile.bn * (1 if tile.one else config.bm)
-    inner = "tl.arange(0, {})".format(tile.bn)
+    inner = f"tl.arange(0, {tile.bn})"
     if not tile.one:
         inner = f"{inner}[:, None] * {config.bm} + tl.arange(0, {config.bm})[None, :]"
     w("tile = tl.program_id(0)")
@@ -179,7 +179,7 @@ def _finish(tile: Tile) -> None:
     if tile.one:
         place, residual, mask = "rn", "rn", bounds
     else:
-        place, residual = ("tokens.to(tl.int64)[None, :] * {} + rn[:, None]".format(step) for step in ("N", "res_step"))
+        place, residual = (f"tokens.to(tl.int64)[None, :] * {step} + rn[:, None]" for step in ("N", "res_step"))
         mask = "(tokens < M)[None, :]" + (" & (rn < N)[:, None]" if bounds else "")
     masked = f", mask={mask}" if mask else ""
     if spec.residual:
