@@ -58,7 +58,9 @@ def verify(case: Case, run: Run, device: str = "cpu") -> str | None:
     random = torch.Generator().manual_seed(case.seed)
     weights = [_weight(case, fmt, random) for fmt in case.formats]
     packed = [fmt.pack(w) for fmt, w in zip(case.formats, weights, strict=True)]
-    dense = sum(decode(fmt, arrays, (case.N, case.K)) for fmt, arrays in zip(case.formats, packed, strict=True))
+    dense = np.zeros((case.N, case.K))
+    for fmt, arrays in zip(case.formats, packed, strict=True):
+        dense += decode(fmt, arrays, (case.N, case.K))
     for w, fmt, arrays in zip(weights, case.formats, packed, strict=True):
         stored = w.to(torch.float32) if str(fmt.codec) == "f32" else w.to(arrays["val"].dtype)
         if not np.array_equal(decode(fmt, arrays, (case.N, case.K)), stored.double().numpy()):

@@ -53,7 +53,7 @@ class PackedNM(NM):
         groups = ceil_div(C, self.m)
         words = arrays["idx"].to(torch.int32).view(P, ceil_div(groups, self.per_word), 1)
         codes = (words >> self._shifts(self.per_word, self.bits)) & ((1 << self.bits) - 1)
-        codes = codes.view(P, -1, 1)[:, :groups]
+        codes = codes.view(P, ceil_div(groups, self.per_word) * self.per_word, 1)[:, :groups]
         offsets = (codes >> self._shifts(self.n, self._position)) & (self.m - 1)
         return super().unpack({"idx": offsets.to(torch.uint8)}, P, C)
 

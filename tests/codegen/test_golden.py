@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.triton.config import GpuConfig
+from sparsecc.codegen.triton.linear import linear_source
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.host import Isa
 from sparsecc.codegen.tvm.tiles import pack_rows_source
@@ -26,6 +28,10 @@ def source(text: str, config: CpuConfig, **fields: object) -> str:
     return BACKEND.source(KernelSpec(formats, **fields), config)  # type: ignore[arg-type]
 
 
+def triton(text: str, config: GpuConfig, **fields: object) -> str:
+    return linear_source(KernelSpec(tuple(parse_format(part) for part in text.split(" + ")), **fields), config)  # type: ignore[arg-type]
+
+
 GOLDENS = {
     "spmm_bsr_4_1": source("bsr(4, 1)", CpuConfig(1, 1)),
     "spmm_nm_gelu_residual_token": source("nm(2, 4)", CpuConfig(1, 1), epilogue="gelu", residual=True, layout="token"),
@@ -33,6 +39,12 @@ GOLDENS = {
     "spmv_csr_silu": source("csr", CpuConfig(1, 4), epilogue="silu", regime="one"),
     "spmv_bitmap_panels": source("bitmap.block(4, 1).panels(32)", CpuConfig(1, 4), regime="one"),
     "pack_rows": pack_rows_source(2),
+    "triton_bsr_gelu_residual": triton("bsr(64, 64).bf16", GpuConfig(), epilogue="gelu", residual=True, dtype="bf16"),
+    "triton_bsr_few_split": triton("bsr(64, 64).bf16", GpuConfig(bm=16, split=4), regime="few", dtype="bf16"),
+    "triton_nm_one": triton("packed_nm(2, 4).f16", GpuConfig(bn=16, bk=256, stages=1), regime="one", dtype="f16"),
+    "triton_bitmap": triton("bitmap(64).f16.panels(64)", GpuConfig(), dtype="f16", ragged=True, tail=True),
+    "triton_csr_blocks": triton("bsr(4, 1)", GpuConfig(bm=64, bn=16, stages=1)),
+    "triton_nm_and_csr": triton("packed_nm(2, 4).f16 + csr.f16", GpuConfig(bm=16, bn=16), regime="few", dtype="f16"),
 }
 
 

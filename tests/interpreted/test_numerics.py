@@ -29,7 +29,8 @@ CASES = int(os.environ.get("SPARSECC_CASES", "320"))
 FORMATS = (
     "bsr(16, 16)", "bsr(32, 16)", "bsr(16, 64)", "bsr(64, 64)", "packed_nm(2, 4)", "packed_nm(1, 4)", "packed_nm(4, 8)", "packed_nm(1, 2)",
     "packed_nm(2, 8)", "packed_nm(4, 16)", "bitmap(16).panels(32)", "bitmap(64).panels(64)", "bitmap(16).block(4, 1).panels(32)",
-    "bitmap(16).block(2, 2).panels(64)", "bitmap(32).block(1, 4).panels(32)", "csr", "bsr(4, 1)", "bsr(1, 16)", "nm(2, 4)", "nm(3, 5)", "dense",
+    "bitmap(16).block(2, 2).panels(64)", "bitmap(32).block(1, 4).panels(32)", "csr", "bsr(4, 1)", "bsr(1, 16)", "nm(2, 4)", "nm(3, 5)",
+    "dense",
     "packed_nm(2, 4) + csr", "bsr(16, 16) + csr", "bitmap(16).panels(32) + bsr(16, 16)",
 )
 
@@ -88,7 +89,8 @@ def test_strides_and_alignment(tokens: int) -> None:
     kernel = GpuLinear(BACKEND, spec, BACKEND.space(spec)[0], (20, 64))
     params = list(fmt.pack(w).values())
     base, res = torch.randn(tokens + 1, 2 * 64 + 3), torch.randn(20)
-    for x in (base[1:, 1:65], base[:tokens, :128:2], base[0, :64].expand(tokens, 64), torch.randn(64, tokens).T, base[1:, :64].unsqueeze(1)):
+    views = (base[1:, 1:65], base[:tokens, :128:2], base[0, :64].expand(tokens, 64), torch.randn(64, tokens).T, base[1:, :64].unsqueeze(1))
+    for x in views:
         wanted = torch.nn.functional.linear(x, w) + res
         assert torch.allclose(kernel(x, params, None, res.expand(*x.shape[:-1], 20)), wanted, atol=1e-4)
 

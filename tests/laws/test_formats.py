@@ -14,14 +14,16 @@ from sparsecc.formats import level, pattern
 from sparsecc.formats.codec import Raw
 from sparsecc.formats.format import Format, parse_format
 from sparsecc.formats.measure import CANDIDATE_BLOCKS, detect, measure
+from sparsecc.formats.packed import PackedNM
 from sparsecc.formats.swizzle import Identity, Panels
 
 LAW = settings(max_examples=60, deadline=None)
 
 nms = st.sampled_from([(1, 1), (1, 2), (2, 4), (3, 5), (4, 8), (1, 16)])
 levels = st.one_of(
-    st.sampled_from([level.Dense(), level.Compressed(), level.Bitmap()]),
+    st.sampled_from([level.Dense(), level.Compressed(), level.Bitmap(), level.Bitmap(4), level.Bitmap(16)]),
     nms.map(lambda nm: level.NM(*nm)),
+    st.sampled_from([(1, 1), (1, 2), (2, 4), (4, 8), (1, 16), (2, 8), (4, 16)]).map(lambda nm: PackedNM(*nm)),
     st.sampled_from([level.Sell(1, 1), level.Sell(2, 4), level.Sell(4, 4), level.Sell(3, 12)]),
 )
 blocks = st.sampled_from([(1, 1), (4, 1), (8, 1), (16, 1), (1, 16), (4, 4), (16, 16), (2, 3)])

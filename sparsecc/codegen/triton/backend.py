@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ class TritonBackend:
         return refuses_linear(spec)
 
     def space(self, spec: KernelSpec) -> list[GpuConfig]:
-        """Most promising first: all that fits this device's shared memory."""
-        return [config for config in _space(spec) if _shared(spec, config) <= self.device.shared]
+        """Most promising first; a pipeline too deep for this device's shared memory is cut."""
+        return list(dict.fromkeys(_fitting(spec, config, self.device.shared) for config in _space(spec)))
 
     def source(self, spec: KernelSpec, config: GpuConfig) -> str:
         """Triton source of the kernel `linear`."""
@@ -48,28 +48,36 @@ class TritonBackend:
 
 def _space(spec: KernelSpec) -> list[GpuConfig]:
     kinds = families(spec)
-    if spec.regime == "one":
-        if CSR in kinds:
-            return [GpuConfig(bm=16, bn=rows, split=split, stages=1) for rows in (16, 32, 8) for split in (1, 4)]
-        if BITMAP in kinds:
-            return [GpuConfig(bm=16, split=split, warps=warps, stages=1) for warps in (4, 8) for split in (4, 1, 8)]
-        bk = 64 if BSR in kinds else 256
-        tiles = ((16, 1), (32, 4), (16, 4))
-        return [GpuConfig(bm=16, bn=rows, bk=bk, split=split, stages=stages) for rows, split in tiles for stages in (1, 3)]
     if CSR in kinds:
-        tokens = (16,) if spec.regime == "few" else (64, 128)
-        return [GpuConfig(bm=bm, bn=rows, split=1, warps=warps, stages=1) for bm in tokens for rows, warps in ((16, 4), (32, 8), (8, 4))]
-    return _matrix_space(spec, tile_rows(spec, GpuConfig()))
-
-
-def _matrix_space(spec: KernelSpec, rows: int) -> list[GpuConfig]:
-    """Of kernels that use matrix instructions, for tiles of so many features."""
-    if spec.regime == "few":
-        return [GpuConfig(bm=16, bn=64, bk=bk, split=split, stages=stages) for bk, stages in ((64, 4), (128, 3)) for split in (4, 1, 8, 16)]
+        return _csr_space(spec)
+    if spec.regime == "one":
+        if BITMAP in kinds:
+            return [GpuConfig(bm=16, split=split, warps=warps, stages=1) for warps in (4, 8) for split in (4, 1)]
+        bk = 64 if BSR in kinds else 256
+        tiles = ((16, 1, 1), (32, 4, 1), (16, 4, 3))
+        return [GpuConfig(bm=16, bn=rows, bk=bk, split=split, stages=stages) for rows, split, stages in tiles]
+    rows = tile_rows(spec, GpuConfig())
     if spec.dtype == "f32":  # ordinary multiply-adds, whose operands take registers
-        return [GpuConfig(bm=bm, bn=64, bk=32, warps=warps, stages=2) for bm, warps in ((64, 4), (32, 4), (64, 8))]
-    wide = [(128, 4), (64, 4), (256, 8)] if rows < 128 else [(128, 8), (64, 4)]
-    return [GpuConfig(bm=bm, bn=64, bk=bk, warps=warps, stages=stages) for bk, stages in ((64, 3), (32, 4), (64, 2)) for bm, warps in wide]
+        tokens = ((16, 4), (16, 1)) if spec.regime == "few" else ((64, 1), (32, 1))
+        return [GpuConfig(bm=bm, bn=64, bk=32, split=split, warps=8 if rows == 128 else 4, stages=2) for bm, split in tokens]
+    if spec.regime == "few":
+        steps = ((64, 4, 4), (64, 1, 4), (128, 8, 3), (64, 16, 3))
+        return [GpuConfig(bm=16, bn=64, bk=bk, split=split, warps=8 if rows == 128 else 4, stages=stages) for bk, split, stages in steps]
+    wide = ((128, 4), (64, 4), (256, 8)) if rows < 128 else ((128, 8), (64, 4))
+    return [GpuConfig(bm=bm, bn=64, bk=bk, warps=warps, stages=stages) for bk, stages in ((64, 3), (32, 4)) for bm, warps in wide]
+
+
+def _csr_space(spec: KernelSpec) -> list[GpuConfig]:
+    if spec.regime == "one":
+        return [GpuConfig(bm=16, bn=rows, split=split, stages=1) for rows, split in ((16, 1), (16, 4), (32, 1), (8, 4))]
+    tokens = (16,) if spec.regime == "few" else (64, 32)
+    return [GpuConfig(bm=bm, bn=rows, warps=4, stages=1) for bm in tokens for rows in (16, 8)]
+
+
+def _fitting(spec: KernelSpec, config: GpuConfig, most: int) -> GpuConfig:
+    while _shared(spec, config) > most and (config.bk > 16):
+        config = replace(config, stages=config.stages - 1) if config.stages > 2 else replace(config, bk=config.bk // 2)
+    return config
 
 
 def _shared(spec: KernelSpec, config: GpuConfig) -> int:

@@ -70,9 +70,9 @@ class Compiled:
 @lru_cache
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1, read when Triton is first imported)."""
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 def function(source: str) -> Any:
@@ -149,9 +149,9 @@ def header(source: str) -> tuple[GpuConfig, dict[str, str]]:
 
 
 def _hip(text: str) -> tuple[int, int]:
-    """Registers and spilled registers, from the metadata of the assembly."""
+    """Vector registers and those spilled to memory, from the metadata of the assembly. Scalar ones spill into lanes of vector ones."""
     value = lambda name: int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])  # noqa: E731
-    return value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count")
+    return value("vgpr_count"), value("vgpr_spill_count")
 
 
 def _cuda(cubin: bytes) -> tuple[int, int]:

@@ -20,10 +20,10 @@ def refuses_csr(fmt: Format) -> str | None:
 
 
 def columns_at_once(tile: Tile, t: int) -> int:
-    """Columns of a row's blocks per step, so that a thread holds 16 to 32 products at a time."""
+    """Columns of a row's blocks per step, so that a thread holds about 16 products at a time."""
     br, bc = tile.spec.formats[t].block
     rows, threads = tile.bn // br, 32 * tile.config.warps
-    products = max(8, 16 * threads // rows) if tile.one else max(1, min(16, 32 * threads // (rows * tile.config.bm)))
+    products = max(8, 16 * threads // rows) if tile.one else max(1, min(4, 16 * threads // (rows * tile.config.bm)))
     return max(bc, products // br if tile.one else products)
 
 

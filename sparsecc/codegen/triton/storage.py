@@ -39,7 +39,8 @@ def storage(pattern: Pattern, density: float, dtype: torch.dtype, codec: str | N
 def _blocks(rows: int, cols: int) -> list[Format]:
     """Storage of blocks: their own, or parts of them that a kernel takes; for large ones also larger squares, which hold some zeros but
     run faster per entry. What pays is a question of how many of those are kept."""
-    wide = tuple(max((side for side in SIDES if whole % side == 0), default=0) for whole in (rows, cols))
+    largest = lambda whole: max((side for side in SIDES if whole % side == 0), default=0)  # noqa: E731
+    wide = (largest(rows), largest(cols))
     if all(wide):
         squares = [(side, side) for side in (64, 128) if side > max(wide)]
         return [Format(Compressed(), sides) for sides in (wide, *squares)]

@@ -1,0 +1,69 @@
+"""Compiling for a GPU that isn't here: what can be looked at, what is refused, and how."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sparsecc
+
+
+def pruned(pattern: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    model = nn.Sequential(nn.Linear(512, 2048, bias=False), nn.GELU(), nn.Linear(2048, 512, bias=False)).eval()
+    sparsecc.prune(model, pattern)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize(("target", "matrix"), [("cuda:sm_90", "wgmma"), ("cuda:sm_80", "mma"), ("hip:gfx942", "v_mfma")])
+def test_explains_what_the_device_would_run(target: str, matrix: str) -> None:
+    x = torch.randn(4096, 512, dtype=torch.bfloat16)
+    compiled = sparsecc.compile(pruned("block(64, 64, 0.9)"), target=target, sparsity="block(64, 64)", example_inputs=(x,), dynamic_shapes=None)
+    text = " ".join(str(compiled.explain()).split())
+    assert "predicted from the data sheet, not measured" in text
+    assert "bsr(64, 64).bf16" in text and "registers, no spills" in text and matrix in text
+    region = compiled.explain().to_dict()["regions"][0]
+    assert region["predicted_us"] > 0 and region["alternatives"]["dense"] > region["predicted_us"] and "measured_us" not in region
+    assert f'kernel="{target} ' in compiled.ir("lower")
+    with pytest.raises(sparsecc.TargetError, match=f"compiled for '{target}'"):
+        compiled(x)
+
+
+def test_stays_dense_where_the_prediction_says_so() -> None:
+    x = torch.randn(2048, 512, dtype=torch.bfloat16)
+    compiled = sparsecc.compile(pruned("unstructured(0.5)"), target="cuda:sm_90", example_inputs=(x,), dynamic_shapes=None)
+    assert all(not region["sparse"] and "dense is faster" in region["reason"] for region in compiled.explain().to_dict()["regions"])
+
+
+def test_sources_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECC_DUMP", str(tmp_path))
+    x = torch.randn(1, 512, dtype=torch.bfloat16)
+    sparsecc.compile(pruned("2:4"), target="cuda:sm_90", example_inputs=(x,), dynamic_shapes=None)
+    kernels = [file.read_text() for file in tmp_path.rglob("*.py") if "@triton.jit" in file.read_text()]
+    assert kernels and all("packed_nm(2, 4).bf16" in text for text in kernels)
+
+
+def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(sparsecc.TargetError, match="needs a GPU"):
+        sparsecc.compile(pruned("2:4"), target="cuda")
+
+
+def test_cuda_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(sparsecc.TargetError, match="needs Triton, which is not installed"):
+        sparsecc.compile(pruned("2:4"), target="cuda:sm_90")
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_13", "hip:gfx1", "gpus", "tpu", "hip"])
+def test_unknown_targets_name_the_known_ones(target: str) -> None:
+    with pytest.raises(sparsecc.TargetError, match="cuda:sm_90"):
+        sparsecc.compile(pruned("2:4"), target=target)
+
+
+def test_dtypes_that_kernels_lack_stay_dense() -> None:
+    x = torch.randn(4, 512, dtype=torch.float64)
+    compiled = sparsecc.compile(pruned("2:4", torch.float64), target="cuda:sm_90", example_inputs=(x,))
+    assert {region["reason"] for region in compiled.explain().to_dict()["regions"]} == {"weights of torch.float64 are not packed"}
