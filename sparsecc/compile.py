@@ -25,6 +25,7 @@ from sparsecc.passes import PIPELINE
 from sparsecc.passes.context import Context
 from sparsecc.passes.manager import History, run_passes
 from sparsecc.passes.pack import tokens_of
+from sparsecc.runtime.graphs import Graphed, capturable
 from sparsecc.runtime.module import CompiledModule
 from sparsecc.runtime.remainder import Remainder, finish
 from sparsecc.spec import SparsitySpec, SpecLike
@@ -156,8 +157,14 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
                 dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
         dumper.weights(history.program, "lowered.safetensors")
     notes = {} if tuner is None else tuner.notes
-    run = not_here(options.target) if is_elsewhere(options.target) else finish(history.program, options.remainder)
-    return Built(run, history, explanation(history, options, notes))
+    return Built(_runner(history.program, options), history, explanation(history, options, notes))
+
+
+def _runner(program: Program, options: Options) -> Callable[..., Sequence[Any]]:
+    if is_elsewhere(options.target):
+        return not_here(options.target)
+    run = finish(program, options.remainder, chained=options.target.startswith("cpu"))
+    return Graphed(run) if options.target == "cuda" and capturable(program) else run
 
 
 def not_here(target: str) -> Callable[..., Sequence[Any]]:

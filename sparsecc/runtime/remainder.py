@@ -20,10 +20,12 @@ from sparsecc.runtime.chain import link
 Remainder = Literal["auto", "inductor", "eager"]
 
 
-def finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[Any]]:
-    """fn(*flat inputs) -> flat outputs. Under "auto" a program that Inductor cannot take runs eagerly, with a warning."""
+def finish(program: Program, remainder: Remainder, chained: bool = True) -> Callable[..., Sequence[Any]]:
+    """fn(*flat inputs) -> flat outputs. Under "auto" a program that Inductor cannot take runs eagerly, with a warning.
+
+    `chained`: neighbouring kernels may be recorded and replayed as one call, which CPU kernels are made for."""
     program = program.clone()
-    chains = link(program)
+    chains = link(program) if chained else []
     run = _finish(program, remainder)
     return lambda *inputs, keep=chains: run(*inputs)
 
