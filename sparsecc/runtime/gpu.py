@@ -55,6 +55,18 @@ class Launch:
             return self._bound[at]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a call needs to know of the kernel for one regime. `tokens`, `scratch`: of a tile, the latter in floats of all its parts."""
+
+    launch: Callable[..., Any]
+    rows_of_tiles: int
+    tokens: int
+    split: int
+    scratch: int
+    transposes: bool
+
+
 class GpuLinear:
     """fn(x [..., K], params, bias [N], residual [..., N]) -> y [..., N] contiguous, for one shape, spec and configuration.
 
@@ -65,14 +77,14 @@ class GpuLinear:
     def __init__(self, backend: TritonBackend, spec: KernelSpec, config: GpuConfig, shape: tuple[int, int]) -> None:
         self.backend, self.spec, self.shape = backend, spec, shape
         self._configs: dict[str, GpuConfig] = {spec.regime: config}
-        self._launches: dict[str, Callable[..., Any]] = {}
+        self._plans: dict[str, _Plan] = {}
         self._zeros: dict[torch.device, Tensor] = {}
         self._counters: dict[tuple[torch.device, int], Tensor] = {}
         self._lock = threading.Lock()
 
     def prepare(self, tokens: int) -> GpuLinear:
-        """Compile what a call with this many tokens needs."""
-        self._launch(regime_of(tokens))
+        """Make what a call with this many tokens needs."""
+        self._plan(regime_of(tokens))
         return self
 
     def source(self, tokens: int) -> str:
@@ -82,35 +94,37 @@ class GpuLinear:
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
         N, K = self.shape
-        lead = x.shape[:-1]
+        lead, device = x.shape[:-1], x.device
         tokens = math.prod(lead)
-        y = torch.empty((*lead, N), dtype=x.dtype, device=x.device)
+        y = torch.empty((*lead, N), dtype=x.dtype, device=device)
         if tokens == 0 or N == 0:
             return y
-        if params and params[-1].device != x.device:
-            raise TargetError(f"the weight is on {params[-1].device}, the input on {x.device}: move the input there")
+        if params[-1].device != device:
+            raise TargetError(f"the weight is on {params[-1].device}, the input on {device}: move the input there")
         regime = regime_of(tokens)
-        spec, config = replace(self.spec, regime=regime), self._config(regime)
+        plan = self._plans.get(regime) or self._plan(regime)
         x = _rows(x, K)
-        tensors = [x]
-        numbers = [tokens, N, K, x.stride(0)]
-        if transposes(spec):
-            xt = _padded(tokens, K, x)
+        tensors, numbers = [x], [tokens, N, K, x.stride(0)]
+        if plan.transposes:
+            xt = _transposed(x)
             tensors.append(xt)
             numbers.append(xt.stride(0))
-        tensors += [y, self._zero(x) if bias is None else bias.to(x.dtype).contiguous()]
+        if bias is None:
+            bias = self._zero(x)
+        elif bias.dtype != x.dtype or not bias.is_contiguous() or bias.data_ptr() % 16:
+            bias = bias.to(x.dtype).clone(memory_format=torch.contiguous_format)
+        tensors += (y, bias)
         if residual is not None:
             residual = residual.expand(*lead, N).reshape(tokens, N)
-            residual = residual if residual.stride(1) == 1 and _aligned(residual) else residual.clone(memory_format=torch.contiguous_format)
+            if residual.stride(1) != 1 or not _aligned(residual):
+                residual = residual.clone(memory_format=torch.contiguous_format)
             tensors.append(residual)
             numbers.append(residual.stride(0))
         tensors += params
-        rows = tile_rows(spec, config)
-        tiles = -(-N // rows) * (1 if regime == "one" else -(-tokens // config.bm))
-        if config.split > 1:
-            size = rows * (1 if regime == "one" else config.bm)
-            tensors += [torch.empty(tiles * config.split * size, dtype=torch.float32, device=x.device), self._counter(x.device, tiles)]
-        self._launch(regime)((tiles, config.split), tensors, numbers)
+        tiles = plan.rows_of_tiles * -(-tokens // plan.tokens)
+        if plan.split > 1:
+            tensors += (torch.empty(tiles * plan.scratch, dtype=torch.float32, device=device), self._counter(device, tiles))
+        plan.launch((tiles, plan.split), tensors, numbers)
         return y
 
     def _config(self, regime: Regime) -> GpuConfig:
@@ -118,10 +132,14 @@ class GpuLinear:
             self._configs[regime] = self.backend.space(replace(self.spec, regime=regime))[0]
         return self._configs[regime]
 
-    def _launch(self, regime: Regime) -> Callable[..., Any]:
-        if regime not in self._launches:
-            self._launches[regime] = self.backend.load(self.backend.source(replace(self.spec, regime=regime), self._config(regime)))
-        return self._launches[regime]
+    def _plan(self, regime: Regime) -> _Plan:
+        if regime not in self._plans:
+            spec, config = replace(self.spec, regime=regime), self._config(regime)
+            rows, tokens = tile_rows(spec, config), 1 if regime == "one" else config.bm
+            launch = self.backend.load(self.backend.source(spec, config))
+            scratch = config.split * rows * tokens
+            self._plans[regime] = _Plan(launch, -(-self.shape[0] // rows), tokens, config.split, scratch, transposes(spec))
+        return self._plans[regime]
 
     def _zero(self, x: Tensor) -> Tensor:
         if x.device not in self._zeros:
@@ -157,15 +175,17 @@ class Elsewhere:
 
 def _rows(x: Tensor, K: int) -> Tensor:
     """x as [M, K] whose rows begin on 16 bytes, 16 elements apart or a multiple of that: the tensor itself, or a copy."""
-    flat = x.reshape(-1, K)
-    if flat.stride(1) == 1 and flat.stride(0) % 16 == 0 and _aligned(flat) and flat.stride(0) >= K:
+    flat = x if x.ndim == 2 else x.reshape(-1, K)
+    step, along = flat.stride()
+    if along == 1 and step % 16 == 0 and step >= K and flat.data_ptr() % 16 == 0:
         return flat
     copy = torch.empty(len(flat), -(-K // 16) * 16, dtype=x.dtype, device=x.device)[:, :K]
     return copy.copy_(flat)
 
 
-def _padded(tokens: int, K: int, x: Tensor) -> Tensor:
+def _transposed(x: Tensor) -> Tensor:
     """x^T [K, M], rows on 16 bytes."""
+    tokens, K = x.shape
     return torch.empty(K, -(-tokens // 16) * 16, dtype=x.dtype, device=x.device)[:, :tokens].copy_(x.T)
 
 

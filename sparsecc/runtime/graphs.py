@@ -62,7 +62,7 @@ class Graphed:
                 except RuntimeError as error:
                     self._failed = True
                     first = str(error).partition("\n")[0]
-                    warnings.warn(f"sparsecc: this module cannot be captured as a CUDA graph ({first}); it runs kernel by kernel", stacklevel=2)
+                    warnings.warn(f"sparsecc: no CUDA graph can be captured of this module ({first}); it runs by kernels", stacklevel=2)
             if not self._failed:
                 found = self._captured[key]
                 for mine, given in zip(found.inputs, inputs, strict=True):

@@ -57,12 +57,12 @@ class CpuTuner:
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
-        candidates = self._candidates(problem)
+        candidates = self.candidates(problem)
         key = self._key(problem, candidates)
         found = self.cache.get(key)
         if found is None:
             started = time.monotonic()
-            results = self._contest(problem, candidates)
+            results = self.contest(problem, candidates)
             found = {"results": [vars(r) for r in results], "seconds": time.monotonic() - started}
             # A failure may be this moment's (memory, time, code being changed): such a contest is held again next time.
             if self.effort != "none" and not any(_failed(r) for r in results):
@@ -117,7 +117,7 @@ class CpuTuner:
             self.notes["attention"] = f"{ours:.0f} us {'instead of' if pays else 'would replace'} torch's {torchs:.0f} us"
         return pays
 
-    def _candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
+    def candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
         """By name, the most promising first within each format."""
         found: dict[str, tuple[Format, CpuConfig]] = {}
         regime = "one" if problem.tokens == 1 else "many"
@@ -128,7 +128,7 @@ class CpuTuner:
                     found[f"{fmt} {to_text(config)}"] = (fmt, config)
         return found
 
-    def _contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
+    def contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
         call = Call(problem)
         machine = Machine.measured(torch.get_num_threads())
         N, K = problem.weight.shape
