@@ -116,7 +116,7 @@ def test_equal_layers_are_measured_once(tmp_path: Path, contests: list[str]) -> 
 
 def test_what_makes_layers_differ(tmp_path: Path, contests: list[str]) -> None:
     tuner, w = make(tmp_path), sparse(64, 64, 0.25)
-    key = lambda p: tuner._key(p, tuner._candidates(p))  # noqa: E731
+    key = lambda p: tuner._key(p, tuner.candidates(p))  # noqa: E731
     base = key(problem(w))
     assert key(problem(w.clone(), tokens=31)) == base, "tokens count to the next power of two"
     assert key(problem(w * 2)) == base, "values don't matter"
