@@ -133,12 +133,11 @@ def children(peers: Sequence[Peer], threads: int) -> list[Child]:
 
 
 def load(workers: Sequence[Child], folder: str, hold: Callable[[bool], Any]) -> dict[str, dict[str, Any]]:
-    """The replies by engine. sparsecc times its candidates while it compiles, so nothing else runs then."""
-    with hold(True):
-        replies = {child.engine: child.ask("load", folder=folder) for child in workers[:1]}
+    """The replies by engine. The first, sparsecc, times its candidates while it compiles, so the others wait until it has."""
     with hold(False), ThreadPoolExecutor(os.cpu_count()) as pool:
-        rest = workers[1:]
-        return replies | dict(zip((c.engine for c in rest), pool.map(lambda c: c.ask("load", folder=folder), rest), strict=True))
+        replies = [child.ask("load", folder=folder) for child in workers[:1]]
+        replies += pool.map(lambda child: child.ask("load", folder=folder), workers[1:])
+    return {child.engine: reply for child, reply in zip(workers, replies, strict=True)}
 
 
 def take_turns(workers: Sequence[Child], seconds: float, rounds: int, rest: float = REST) -> dict[str, dict[str, Any]]:
