@@ -93,10 +93,12 @@ def run_peers(args: argparse.Namespace, console: Console, save: Any) -> None:
     for threads in args.threads:
         workers = peers.children(args.peer, threads)
         try:
-            for model, batch, pattern in itertools.product(args.models or peers.MODELS[:1], args.batch, patterns):
-                cell = peers.Cell(model, pattern, threads, batch, args.seq)
-                rows.append(peers.measure(cell, workers, seconds * len(workers), rounds, peers.lock(args.lock)))
-                console.print(peers.table(rows[-1:]) if "engines" in rows[-1] else f"{cell}: {rows[-1]['failed']}")
+            product = itertools.product(args.models or peers.MODELS[:1], args.batch, patterns)
+            cells = [peers.Cell(model, pattern, threads, batch, args.seq) for model, batch, pattern in product]
+            for at in range(0, len(cells), args.group):
+                new = peers.measure(cells[at : at + args.group], workers, seconds * len(workers), rounds, peers.lock(args.lock))
+                rows += new
+                console.print(peers.table(new), *(row["failed"] for row in new if "failed" in row))
                 save("peers", rows)
         finally:
             for child in workers:
@@ -202,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--m", type=listed(int), default=[1, 16, 64, 128, 512], help="tokens")
     parser.add_argument("--sparsity", type=listed(float), default=[0.8, 0.9, 0.95])
     parser.add_argument("--peer", action="append", default=[], help=f"NAME or NAME=PYTHON, of {', '.join(peers.PACKAGES)}; repeatable")
+    parser.add_argument("--group", type=int, default=1, help="peers: patterns to load together and time one after the other")
     parser.add_argument("--lock", type=Path, help="peers: a file to flock, shared while preparing and exclusively while timing")
     parser.add_argument("--quick", action="store_true", help="a look at whether everything runs; its figures mean nothing")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu-WHAT.json, none with --quick")

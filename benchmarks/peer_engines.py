@@ -79,7 +79,7 @@ def torch_compile(case: Case, bf16: bool = False) -> Call:
 
     model, inputs = _torch_model(case)
     model = model.bfloat16() if bf16 else model
-    _dynamo.reset()
+    _dynamo.config.recompile_limit = 64  # one code object serves every model loaded here
     compiled = compile(model, options={"freezing": True})
     call = lambda: compiled(**inputs).last_hidden_state.float()  # noqa: E731
     with inductor.patch(freezing=True):  # Dynamo asks for it when it traces: the option alone comes too late

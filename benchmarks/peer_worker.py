@@ -4,9 +4,10 @@
 
 A request is one line on stdin and its reply one line on stdout:
 
-    {"do": "load", "folder": F}   {"seconds": 1.2, "error": 3e-7, "versions": {...}}   the model that `peer_export` wrote to F
-    {"do": "time", "calls": 3}    {"seconds": [0.012, 0.011, 0.011]}                    after one call that does not count
-    {"do": "stop"}                {}                                                    the last one
+    {"do": "load", "folder": F}               {"seconds": 1.2, "error": 3e-7, "versions": {...}}   the model that `peer_export` wrote to F
+    {"do": "time", "folder": F, "calls": 3}   {"seconds": [0.012, 0.011, 0.011]}                    after one call that does not count
+    {"do": "clear"}                           {}                                                    forget every model
+    {"do": "stop"}                            {}                                                    the last one
 
 A request that fails gets {"failed": "Type: message"}, and the worker goes on. Needs numpy and the engine alone, Python 3.10 or later.
 """
@@ -29,18 +30,16 @@ class Worker:
 
     def __init__(self, engine: str, threads: int) -> None:
         self.engine, self.threads = engine, threads
-        self._call: Callable[[], Any] | None = None
+        self._calls: dict[str, Callable[[], Any]] = {}
 
     def load(self, folder: str) -> dict[str, Any]:
         """Load, and compare the output with the expected one: `error` is the largest difference over the largest magnitude."""
         import numpy as np
 
-        self._call = None  # two models at once may not fit
-        gc.collect()
         start = time.perf_counter()
         engine = ENGINES[self.engine]
-        self._call = engine.load(Case(Path(folder), self.threads))
-        out = self._call()
+        call = self._calls[folder] = engine.load(Case(Path(folder), self.threads))
+        out = call()
         reply: dict[str, Any] = {"seconds": time.perf_counter() - start, "versions": versions(engine.packages)}
         if engine.exact is not None:
             wanted = np.load(str(Path(folder) / "expected.npy"))
@@ -50,16 +49,22 @@ class Worker:
             reply["error"] = float(np.abs(given - wanted).max() / np.abs(wanted).max())
         return reply
 
-    def time(self, calls: int) -> dict[str, Any]:
+    def time(self, folder: str, calls: int) -> dict[str, Any]:
         """Seconds of each call. The first one, which finds the others' data in the caches, is left out."""
-        if self._call is None:
-            raise RuntimeError("nothing is loaded")
-        seconds = []
+        if folder not in self._calls:
+            raise RuntimeError(f"nothing was loaded from {folder}")
+        call, seconds = self._calls[folder], []
         for _ in range(calls + 1):
             start = time.perf_counter()
-            self._call()
+            call()
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds[1:]}
+
+    def clear(self) -> dict[str, Any]:
+        """Models at once may not fit."""
+        self._calls.clear()
+        gc.collect()
+        return {}
 
     def serve(self, requests: IO[str], replies: IO[str]) -> None:
         """Until "stop" or the end of the requests."""
@@ -67,8 +72,8 @@ class Worker:
             request = json.loads(line)
             what = request.pop("do")
             try:
-                if what not in ("load", "time", "stop"):
-                    raise ValueError(f"unknown request {what!r}: load, time, stop")
+                if what not in ("load", "time", "clear", "stop"):
+                    raise ValueError(f"unknown request {what!r}: load, time, clear, stop")
                 reply = {} if what == "stop" else getattr(self, what)(**request)
             except Exception as problem:
                 text = str(problem).strip().split("\n")[0]

@@ -140,9 +140,10 @@ def load(workers: Sequence[Child], folder: str, hold: Callable[[bool], Any]) -> 
     return {child.engine: reply for child, reply in zip(workers, replies, strict=True)}
 
 
-def take_turns(workers: Sequence[Child], seconds: float, rounds: int, rest: float = REST) -> dict[str, dict[str, Any]]:
-    """Time the workers in turn for about `seconds` in all, at least `rounds` rounds. By engine: ms (median over rounds of the median
-    call), best_ms, ratio (median over rounds of its time to the first worker's), out_of_turn (cores that it kept busy meanwhile)."""
+def take_turns(workers: Sequence[Child], folder: str, seconds: float, rounds: int, rest: float = REST) -> dict[str, dict[str, Any]]:
+    """Time the workers in turn on one model for about `seconds` in all, at least `rounds` rounds. By engine: ms (median over rounds of
+    the median call), best_ms, ratio (median over rounds of its time to the first worker's), out_of_turn (cores it kept busy meanwhile).
+    """
     samples: dict[str, list[list[float]]] = {child.engine: [] for child in workers}
     failed: dict[str, dict[str, Any]] = {}
     before, start = {child.engine: child.cpu() for child in workers}, time.perf_counter()
@@ -154,7 +155,7 @@ def take_turns(workers: Sequence[Child], seconds: float, rounds: int, rest: floa
                 continue
             time.sleep(rest)
             cpu, at = child.cpu(), time.perf_counter()
-            reply = child.ask("time", calls=CALLS)
+            reply = child.ask("time", folder=folder, calls=CALLS)
             inside[child.engine][0] += child.cpu() - cpu
             inside[child.engine][1] += time.perf_counter() - at
             if "failed" in reply:
@@ -174,28 +175,46 @@ def _summary(samples: list[list[float]], ours: list[float]) -> dict[str, Any]:
     return {"ms": 1e3 * median(each), "best_ms": 1e3 * min(map(min, samples)), "ratio": ratio, "rounds": len(samples)}
 
 
-def measure(cell: Cell, workers: Sequence[Child], seconds: float, rounds: int, hold: Callable[[bool], Any]) -> dict[str, Any]:
-    """Export, load, time: a row. `engines` holds by name what `take_turns` gives, the precision and the error."""
-    with tempfile.TemporaryDirectory() as folder:
+def measure(
+    cells: Sequence[Cell], workers: Sequence[Child], seconds: float, rounds: int, hold: Callable[[bool], Any]
+) -> list[dict[str, Any]]:
+    """Export and load every cell, then time one after the other: a row each. `engines` holds by name what `take_turns` gives, the
+    precision and the error."""
+    with tempfile.TemporaryDirectory() as top:
+        folders = [f"{top}/{i}" for i in range(len(cells))]
         with hold(False):
-            command = [sys.executable, "-m", "benchmarks.peer_export", json.dumps(asdict(cell)), folder]
-            done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            return {**asdict(cell), "failed": f"export: {lines[-1] if lines else done.returncode}"[:400]}
-        loaded = load(workers, folder, hold)
-        job = json.loads((Path(folder) / "job.json").read_text())
-        ready = [child for child in workers if "failed" not in loaded[child.engine]]
-        if "sparsecc" not in {child.engine for child in ready}:
-            return {**job, "failed": f"sparsecc: {loaded['sparsecc']['failed']}"}
+            jobs = [export(cell, folder) for cell, folder in zip(cells, folders, strict=True)]
+        loaded = [{} if "failed" in job else load(workers, folder, hold) for job, folder in zip(jobs, folders, strict=True)]
         with hold(True):
-            timed = take_turns(ready, seconds, rounds)
-    rows = {}
+            rows = [row(*each, workers, seconds, rounds) for each in zip(jobs, folders, loaded, strict=True)]
+        for child in workers:
+            child.ask("clear")
+    return rows
+
+
+def export(cell: Cell, folder: str) -> dict[str, Any]:
+    """The cell, its zeros and its flops, or why there are none."""
+    os.mkdir(folder)
+    command = [sys.executable, "-m", "benchmarks.peer_export", json.dumps(asdict(cell)), folder]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return {**asdict(cell), "failed": f"export: {lines[-1] if lines else done.returncode}"[:400]}
+    return json.loads((Path(folder) / "job.json").read_text())
+
+
+def row(job: dict[str, Any], folder: str, loaded: dict[str, Any], workers: Sequence[Child], seconds: float, rounds: int) -> dict[str, Any]:
+    """One cell, timed on the engines that loaded it."""
+    ready = [child for child in workers if "failed" not in loaded.get(child.engine, {"failed"})]
+    if ready[:1] != list(workers[:1]):
+        return job if "failed" in job else {**job, "failed": f"sparsecc: {loaded[workers[0].engine]['failed']}"}
+    timed = take_turns(ready, folder, seconds, rounds)
+    engines = {}
     for name, reply in loaded.items():
         known = {key: reply[key] for key in ("error", "failed") if key in reply}
-        rows[name] = {"precision": ENGINES[name].precision, **known, "load_seconds": reply.get("seconds"), **timed.get(name, {})}
+        engines[name] = {"precision": ENGINES[name].precision, **known, "load_seconds": reply.get("seconds"), **timed.get(name, {})}
     found = {package: version for reply in loaded.values() for package, version in reply.get("versions", {}).items()}
-    return {**job, "engines": rows, "versions": found, **verdict(rows)}
+    return {**job, "engines": engines, "versions": found, **verdict(engines)}
 
 
 def verdict(engines: dict[str, Any]) -> dict[str, float | None]:
