@@ -52,25 +52,26 @@ def draw(result: dict[str, Any], model: str, batch: int, out: Path) -> None:
         raise ValueError(f"no row of {model} with batch {batch}: there are {sorted({(r['model'], r['batch']) for r in result['peers']})}")
     kinds = sorted({kind_and_zeros(row["pattern"])[0] for row in rows})
     threads = sorted({row["threads"] for row in rows})
+    off = {name: max(row["engines"].get(name, {}).get("error", 0.0) for row in rows) for name in ENGINES}
     figure = Figure(figsize=(5.2 * len(kinds), 3.9 * len(threads) + 1.1), layout="constrained")
     panels = figure.subplots(len(threads), len(kinds), squeeze=False, sharex=True, sharey="row")
     for i, count in enumerate(threads):
         for j, kind in enumerate(kinds):
             here = [row for row in rows if row["threads"] == count and kind_and_zeros(row["pattern"])[0] == kind]
-            panel(panels[i, j], series(here))
+            panel(panels[i, j], series(here), off)
             panels[i, j].set_title(f"{kind}, {count} thread{'s' * (count > 1)}", fontsize=10)
         panels[i, 0].set_ylabel("ms a call")
     for ax in panels[-1]:
         ax.set_xlabel("zeros in the linear weights")
     handles, labels = max((ax.get_legend_handles_labels() for ax in panels.flat), key=lambda both: len(both[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, handlelength=3.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, handlelength=2.8)
     figure.suptitle(f"{model}, {batch} x {rows[0]['seq']} tokens: {result['machine']}", fontsize=11)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=85, pil_kwargs={"optimize": True})
 
 
-def panel(ax: Any, lines: dict[str, list[tuple[float, float]]]) -> None:
-    """One pattern, one number of threads."""
+def panel(ax: Any, lines: dict[str, list[tuple[float, float]]], off: dict[str, float]) -> None:
+    """One pattern, one number of threads. The legend tells how far an inexact engine is off."""
     for name in [name for name in ENGINES if name in lines]:
         kept, ms = [1 - zeros for zeros, _ in lines[name]], [ms for _, ms in lines[name]]
         precision = ENGINES[name].precision
@@ -78,12 +79,11 @@ def panel(ax: Any, lines: dict[str, list[tuple[float, float]]]) -> None:
             ax.plot(kept, ms, color="black", linewidth=0.8, label="floor: fp32 multiply-adds left")
             continue
         color, mark = STYLES[name.removesuffix(f" {precision}")]
-        label = f"{name.removesuffix(f' {precision}')} {precision}"
+        label = f"{name.removesuffix(f' {precision}')} {precision}" + ("" if precision == "fp32" else f", off by {off[name]:.0%}")
         width = 2.8 if name == "sparsecc" else 1.3
         ax.plot(kept, ms, DASHES[precision], color=color, marker=mark, markersize=5, linewidth=width, label=label, zorder=width)
     zeros = sorted({z for points in lines.values() for z, _ in points})
-    ax.set(xscale="log", yscale="log")
-    ax.invert_xaxis()
+    ax.set(xscale="log", yscale="log", xlim=(1.1 * (1 - zeros[0]), (1 - zeros[-1]) / 1.1))
     ax.set_xticks([1 - z for z in zeros], [f"{z:.0%}" for z in zeros])
     ax.set_xticks([], minor=True)
     low, high = ax.get_ylim()
