@@ -4,10 +4,10 @@
 
 A request is one line on stdin and its reply one line on stdout:
 
-    {"do": "load", "folder": F}               {"seconds": 1.2, "error": 3e-7, "versions": {...}}   the model that `peer_export` wrote to F
-    {"do": "time", "folder": F, "calls": 3}   {"seconds": [0.012, 0.011, 0.011]}                    after one call that does not count
-    {"do": "clear"}                           {}                                                    forget every model
-    {"do": "stop"}                            {}                                                    the last one
+    {"do": "load", "folder": F}               {"seconds": 1.2, "error": 3e-7, "versions": {...}}      the model that `peer_export` wrote
+    {"do": "time", "folder": F, "calls": 2}   {"seconds": [0.012, 0.011], "cpu": [0.011, 0.011]}      after one call that does not count
+    {"do": "clear"}                           {}                                                      forget every model
+    {"do": "stop"}                            {}                                                      the last one
 
 A request that fails gets {"failed": "Type: message"}, and the worker goes on. Needs numpy and the engine alone, Python 3.10 or later.
 """
@@ -50,15 +50,16 @@ class Worker:
         return reply
 
     def time(self, folder: str, calls: int) -> dict[str, Any]:
-        """Seconds of each call. The first one, which finds the others' data in the caches, is left out."""
+        """Seconds of each call, and of all threads' CPU time. The first call, which finds the others' data in the caches, is left out."""
         if folder not in self._calls:
             raise RuntimeError(f"nothing was loaded from {folder}")
-        call, seconds = self._calls[folder], []
+        call, seconds, cpu = self._calls[folder], [], []
         for _ in range(calls + 1):
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             call()
             seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds[1:]}
+            cpu.append(time.process_time() - busy)
+        return {"seconds": seconds[1:], "cpu": cpu[1:]}
 
     def clear(self) -> dict[str, Any]:
         """Models at once may not fit."""

@@ -141,10 +141,10 @@ def load(workers: Sequence[Child], folder: str, hold: Callable[[bool], Any]) -> 
 
 
 def take_turns(workers: Sequence[Child], folder: str, seconds: float, rounds: int, rest: float = REST) -> dict[str, dict[str, Any]]:
-    """Time the workers in turn on one model for about `seconds` in all, at least `rounds` rounds. By engine: ms (median over rounds of
-    the median call), best_ms, ratio (median over rounds of its time to the first worker's), out_of_turn (cores it kept busy meanwhile).
-    """
-    samples: dict[str, list[list[float]]] = {child.engine: [] for child in workers}
+    """Time the workers in turn on one model for about `seconds` in all, at least `rounds` rounds. By engine, over rounds: ms (median of
+    the median call) and ratio (median of its time to the first worker's); cpu_ms and cpu_ratio, the same of all threads' CPU time,
+    which a neighbour on the same core does not lengthen; best_ms (any call); out_of_turn (cores it kept busy while others ran)."""
+    turns: dict[str, list[dict[str, list[float]]]] = {child.engine: [] for child in workers}
     failed: dict[str, dict[str, Any]] = {}
     before, start = {child.engine: child.cpu() for child in workers}, time.perf_counter()
     inside = {child.engine: [0.0, 0.0] for child in workers}  # CPU seconds and seconds
@@ -161,18 +161,21 @@ def take_turns(workers: Sequence[Child], folder: str, seconds: float, rounds: in
             if "failed" in reply:
                 failed[child.engine] = reply
             else:
-                samples[child.engine].append(reply["seconds"])
+                turns[child.engine].append(reply)
         done += 1
     took = time.perf_counter() - start
     idle = {c.engine: (c.cpu() - before[c.engine] - inside[c.engine][0]) / max(1e-9, took - inside[c.engine][1]) for c in workers}
-    ours = [median(sample) for sample in samples[workers[0].engine]]
-    return {name: failed.get(name) or _summary(times, ours) | {"out_of_turn": round(idle[name], 4)} for name, times in samples.items()}
+    ours = turns[workers[0].engine]
+    return {name: failed.get(name) or _summary(each, ours) | {"out_of_turn": round(idle[name], 4)} for name, each in turns.items()}
 
 
-def _summary(samples: list[list[float]], ours: list[float]) -> dict[str, Any]:
-    each = [median(sample) for sample in samples]
-    ratio = median(a / b for a, b in zip(each, ours, strict=False)) if ours else None
-    return {"ms": 1e3 * median(each), "best_ms": 1e3 * min(map(min, samples)), "ratio": ratio, "rounds": len(samples)}
+def _summary(turns: list[dict[str, list[float]]], ours: list[dict[str, list[float]]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"best_ms": 1e3 * min(min(turn["seconds"]) for turn in turns), "rounds": len(turns)}
+    for key, prefix in (("seconds", ""), ("cpu", "cpu_")):
+        each, first = ([median(turn[key]) for turn in some] for some in (turns, ours))
+        found[f"{prefix}ms"] = 1e3 * median(each)
+        found[f"{prefix}ratio"] = median(a / max(b, 1e-9) for a, b in zip(each, first, strict=False)) if first else None
+    return found
 
 
 def measure(
@@ -219,11 +222,12 @@ def row(job: dict[str, Any], folder: str, loaded: dict[str, Any], workers: Seque
 
 def verdict(engines: dict[str, Any]) -> dict[str, float | None]:
     """How many times faster sparsecc was than each dense best: "vs_dense_fp32", "vs_dense" (any precision), "vs_deepsparse"."""
-    dense = {n: e for n, e in engines.items() if e.get("ratio") and n not in ("sparsecc", "floor", "deepsparse")}
+    ratio = {name: engine["ratio"] for name, engine in engines.items() if engine.get("ratio")}
+    dense = {name: ratio[name] for name in ratio if name not in ("sparsecc", "floor", "deepsparse")}
     return {
-        "vs_dense_fp32": min((e["ratio"] for e in dense.values() if e["precision"] == "fp32"), default=None),
-        "vs_dense": min((e["ratio"] for e in dense.values()), default=None),
-        "vs_deepsparse": engines.get("deepsparse", {}).get("ratio"),
+        "vs_dense_fp32": min((dense[name] for name in dense if engines[name]["precision"] == "fp32"), default=None),
+        "vs_dense": min(dense.values(), default=None),
+        "vs_deepsparse": ratio.get("deepsparse"),
     }
 
 
@@ -256,7 +260,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def _told(engine: dict[str, Any] | None) -> str:
     if not engine:
         return ""
-    if "ms" not in engine:
+    if not engine.get("ratio"):
         return "[red]failed"
     return f"{engine['ms']:.2f} {engine['ratio']:.2f}x" + (f" {engine['error']:.0e}" if "error" in engine else "")
 

@@ -33,7 +33,8 @@ for line in sys.stdin:
                 pass
         threading.Thread(target=spin).start()
     if reply is None:
-        reply = {"failed": "RuntimeError: no"} if engine == "refuses" else {"seconds": [float(sys.argv[2])] * request["calls"]}
+        took = [float(sys.argv[2])] * request["calls"]
+        reply = {"failed": "RuntimeError: no"} if engine == "refuses" else {"seconds": took, "cpu": took}
     print(json.dumps(reply), flush=True)
     if request["do"] == "stop":
         break
@@ -67,7 +68,7 @@ def test_worker_answers_each_request(case: Case, monkeypatch: pytest.MonkeyPatch
     load, timed, _, cleared, stop = served(lambda: (next(calls), WANTED + 0.01)[1], *requests, monkeypatch=monkeypatch)
     assert load["error"] == pytest.approx(0.01 / 4)
     assert load["versions"] == {"numpy": np.__version__}
-    assert len(timed["seconds"]) == 3 and next(calls) == 1 + 4
+    assert len(timed["seconds"]) == len(timed["cpu"]) == 3 and next(calls) == 1 + 4
     assert cleared["failed"].startswith("RuntimeError: nothing was loaded")
     assert stop == {}
 
@@ -125,7 +126,8 @@ def test_turns_are_interleaved_and_failures_reported() -> None:
     for child in workers:
         child.close()
     assert timed["sparsecc"]["ratio"] == 1.0 and timed["sparsecc"]["rounds"] == 3
-    assert timed["torch eager"]["ms"] == timed["torch eager"]["best_ms"] == 2000.0 and timed["torch eager"]["ratio"] == 2.0
+    eager = timed["torch eager"]
+    assert eager["ms"] == eager["cpu_ms"] == eager["best_ms"] == 2000.0 and eager["ratio"] == eager["cpu_ratio"] == 2.0
     assert timed["refuses"] == {"failed": "RuntimeError: no"}
     assert timed["dies"]["failed"] == "exit code 1: no such instruction"
 
