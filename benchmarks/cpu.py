@@ -96,7 +96,7 @@ def run_peers(args: argparse.Namespace, console: Console, save: Any) -> None:
             product = itertools.product(args.models or peers.MODELS[:1], args.batch, patterns)
             cells = [peers.Cell(model, pattern, threads, batch, args.seq) for model, batch, pattern in product]
             for at in range(0, len(cells), args.group):
-                new = peers.measure(cells[at : at + args.group], workers, seconds * len(workers), rounds, peers.lock(args.lock))
+                new = peers.measure(cells[at : at + args.group], workers, seconds * len(workers), rounds, peers.lock(args.lock, args.patience))
                 rows += new
                 console.print(peers.table(new), *(row["failed"] for row in new if "failed" in row))
                 save("peers", rows)
@@ -206,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer", action="append", default=[], help=f"NAME or NAME=PYTHON, of {', '.join(peers.PACKAGES)}; repeatable")
     parser.add_argument("--group", type=int, default=1, help="peers: patterns to load together and time one after the other")
     parser.add_argument("--lock", type=Path, help="peers: a file to flock, shared while preparing and exclusively while timing")
+    parser.add_argument("--patience", type=float, default=3600.0, help="seconds to wait for --lock before timing without it")
     parser.add_argument("--quick", action="store_true", help="a look at whether everything runs; its figures mean nothing")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu-WHAT.json, none with --quick")
     return parser

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 from rich.table import Table
 
@@ -182,14 +182,14 @@ def measure(
     cells: Sequence[Cell], workers: Sequence[Child], seconds: float, rounds: int, hold: Callable[[bool], Any]
 ) -> list[dict[str, Any]]:
     """Export and load every cell, then time one after the other: a row each. `engines` holds by name what `take_turns` gives, the
-    precision and the error."""
+    precision and the error; `alone` tells whether the exclusive lock was held."""
     with tempfile.TemporaryDirectory() as top:
         folders = [f"{top}/{i}" for i in range(len(cells))]
         with hold(False):
             jobs = [export(cell, folder) for cell, folder in zip(cells, folders, strict=True)]
         loaded = [{} if "failed" in job else load(workers, folder, hold) for job, folder in zip(jobs, folders, strict=True)]
-        with hold(True):
-            rows = [row(*each, workers, seconds, rounds) for each in zip(jobs, folders, loaded, strict=True)]
+        with hold(True) as alone:
+            rows = [row(*each, workers, seconds, rounds) | {"alone": alone} for each in zip(jobs, folders, loaded, strict=True)]
         for child in workers:
             child.ask("clear")
     return rows
@@ -231,17 +231,28 @@ def verdict(engines: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def lock(file: Path | None) -> Callable[[bool], Any]:
-    """hold(True) while timing, hold(False) while preparing: an exclusive or a shared flock on `file`, if one is given."""
+def lock(file: Path | None, patience: float) -> Callable[[bool], Any]:
+    """hold(True) while timing, hold(False) while preparing: an exclusive or a shared flock on `file`, if one is given. Who has waited
+    `patience` seconds for the exclusive one gets the shared one. The context's value: True, False, or None where there is no file."""
 
     @contextlib.contextmanager
-    def hold(exclusive: bool) -> Iterator[None]:
+    def hold(exclusive: bool) -> Iterator[bool | None]:
         with file.open("a") if file else contextlib.nullcontext() as held:
-            if held:
-                fcntl.flock(held, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-            yield
+            yield acquire(held, patience if exclusive else 0.0) if held else None
 
     return hold
+
+
+def acquire(held: IO[str], patience: float) -> bool:
+    """Whether the exclusive lock could be had; the shared one if not."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.01)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    return False
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -1,6 +1,7 @@
 """The comparison with other engines, without any: what --peer takes, the workers' protocol, how turns are taken, rows, the picture."""
 from __future__ import annotations
 
+import fcntl
 import io
 import itertools
 import json
@@ -154,7 +155,7 @@ def test_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.subprocess, "run", export)
     workers = fakes("sparsecc", "torch eager", "openvino int8", "deepsparse", "refuses")
     monkeypatch.setitem(ENGINES, "refuses", ENGINES["onnxruntime"])
-    row, failed = peers.measure([peers.Cell("minilm", "unstructured(0.9)", 2), peers.Cell("no", "", 2)], workers, 0.0, 2, peers.lock(None))
+    row, failed = peers.measure([peers.Cell("minilm", "unstructured(0.9)", 2), peers.Cell("no", "", 2)], workers, 0.0, 2, peers.lock(None, 0.0))
     for child in workers:
         child.close()
     assert json.loads(json.dumps(row)) == row
@@ -167,14 +168,17 @@ def test_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peers.table([row, failed]).row_count == 5
 
 
-def test_lock_excludes(tmp_path: Path) -> None:
-    import fcntl
-
+def test_lock(tmp_path: Path) -> None:
     file = tmp_path / "lock"
-    with peers.lock(file)(False), file.open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    with peers.lock(file)(True), file.open("a") as other, pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    hold = peers.lock(file, 0.05)
+    with hold(True) as alone, file.open("a") as other:
+        assert alone
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with hold(False), hold(True) as alone:
+        assert not alone
+    with peers.lock(None, 0.0)(True) as alone:
+        assert alone is None
 
 
 def test_kind_and_zeros() -> None:
