@@ -89,6 +89,7 @@ def run_peers(args: argparse.Namespace, console: Console, save: Any) -> None:
     """A row per number of threads, model, batch and pattern; the engines' processes live as long as the number of threads does."""
     patterns = args.patterns or (peers.PATTERNS[2:3] if args.quick else peers.PATTERNS)
     seconds, rounds = (0.0, 2) if args.quick else (args.seconds, 9)
+    hold = peers.lock(args.lock, args.patience)
     rows: list[dict[str, Any]] = []
     for threads in args.threads:
         workers = peers.children(args.peer, threads)
@@ -96,7 +97,7 @@ def run_peers(args: argparse.Namespace, console: Console, save: Any) -> None:
             product = itertools.product(args.models or peers.MODELS[:1], args.batch, patterns)
             cells = [peers.Cell(model, pattern, threads, batch, args.seq) for model, batch, pattern in product]
             for at in range(0, len(cells), args.group):
-                new = peers.measure(cells[at : at + args.group], workers, seconds * len(workers), rounds, peers.lock(args.lock, args.patience))
+                new = peers.measure(cells[at : at + args.group], workers, seconds * len(workers), rounds, hold)
                 rows += new
                 console.print(peers.table(new), *(row["failed"] for row in new if "failed" in row))
                 save("peers", rows)

@@ -155,7 +155,8 @@ def test_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.subprocess, "run", export)
     workers = fakes("sparsecc", "torch eager", "openvino int8", "deepsparse", "refuses")
     monkeypatch.setitem(ENGINES, "refuses", ENGINES["onnxruntime"])
-    row, failed = peers.measure([peers.Cell("minilm", "unstructured(0.9)", 2), peers.Cell("no", "", 2)], workers, 0.0, 2, peers.lock(None, 0.0))
+    cells = [peers.Cell("minilm", "unstructured(0.9)", 2), peers.Cell("no", "", 2)]
+    row, failed = peers.measure(cells, workers, 0.0, 2, peers.lock(None, 0.0))
     for child in workers:
         child.close()
     assert json.loads(json.dumps(row)) == row
