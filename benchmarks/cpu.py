@@ -92,7 +92,7 @@ def run_peers(args: argparse.Namespace, console: Console, save: Any) -> None:
     hold = peers.lock(args.lock, args.patience)
     rows: list[dict[str, Any]] = []
     for threads in args.threads:
-        workers = peers.children(args.peer, threads)
+        workers = peers.children(args.peer, threads, args.engines)
         try:
             product = itertools.product(args.models or peers.MODELS[:1], args.batch, patterns)
             cells = [peers.Cell(model, pattern, threads, batch, args.seq) for model, batch, pattern in product]
@@ -205,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--m", type=listed(int), default=[1, 16, 64, 128, 512], help="tokens")
     parser.add_argument("--sparsity", type=listed(float), default=[0.8, 0.9, 0.95])
     parser.add_argument("--peer", action="append", default=[], help=f"NAME or NAME=PYTHON, of {', '.join(peers.PACKAGES)}; repeatable")
+    parser.add_argument("--engines", type=listed(str), default=[], help=f"peers: of {', '.join(peers.ENGINES)}; by default all there are")
     parser.add_argument("--group", type=int, default=1, help="peers: patterns to load together and time one after the other")
     parser.add_argument("--lock", type=Path, help="peers: a file to flock, shared while preparing and exclusively while timing")
     parser.add_argument("--patience", type=float, default=3600.0, help="seconds to wait for --lock before timing without it")
@@ -219,6 +220,8 @@ def main() -> None:
     known = peers.MODELS if args.what == "peers" else tuple(PATTERNS)
     if unknown := set(args.models or ()) - set(known):
         raise SystemExit(f"unknown model {', '.join(unknown)}: known are {', '.join(known)}")
+    if unknown := set(args.engines) - set(peers.ENGINES):
+        raise SystemExit(f"unknown engine {', '.join(unknown)}: known are {', '.join(peers.ENGINES)}")
     try:
         args.peer = [peers.Peer.parse(text) for text in args.peer]
         for peer in args.peer:

@@ -125,10 +125,10 @@ class Child:
                 stream.close()
 
 
-def children(peers: Sequence[Peer], threads: int) -> list[Child]:
-    """One for each engine that this interpreter and the peers have, sparsecc first."""
+def children(peers: Sequence[Peer], threads: int, only: Sequence[str] = ()) -> list[Child]:
+    """One for each engine that this interpreter and the peers have, or for `only` those; sparsecc first, in any case."""
     python = {"": sys.executable, **{peer.name: peer.python for peer in peers}}
-    names = [name for name, engine in ENGINES.items() if engine.peer in python]
+    names = [n for n, engine in ENGINES.items() if engine.peer in python and (n == "sparsecc" or not only or n in only)]
     return [Child(name, threads, [python[ENGINES[name].peer], "-m", "benchmarks.peer_worker"]) for name in names]
 
 

@@ -1,9 +1,10 @@
 """Latency by sparsity, a line per engine: a picture of what `benchmarks/cpu.py peers` measured. Needs matplotlib (the extra "bench").
 
-    python -m benchmarks.plot [benchmarks/results/cpu-peers.json] [--out docs/peers.png] [--model minilm] [--batch 1]
+    python -m benchmarks.plot [benchmarks/results/cpu-peers.json] [--out docs/peers.png] [--model minilm] [--batch 1] [--of cpu_ms]
 
 A panel for each pattern and number of threads. Both axes are logarithmic, zeros by the weights that they leave, so that time in
-proportion to the work is a straight line. Dashed lines are engines whose outputs are not the masked dense model's to fp32 rounding.
+proportion to the work is a straight line. `--of cpu_ms` draws CPU time, for one thread on a machine that was not idle. Dashed lines
+are engines whose outputs are not the masked dense model's to fp32 rounding.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ STYLES = {
     "torch compile": ("#e08a1e", "v"), "torch eager": ("#7f7f7f", "x"),
 }
 """Color (legible without red and green apart, by brightness and mark) and mark of each engine, all of its precisions."""
+FIGURES = {"ms": "ms a call, median", "cpu_ms": "CPU ms a call, median", "best_ms": "ms a call, best"}
 DASHES = {"fp32": "-", "bf16": "--", "int8": ":"}
 
 
@@ -33,18 +35,18 @@ def kind_and_zeros(pattern: str) -> tuple[str, float]:
     return (f"{found[1]}({found[2]})" if found[2] else found[1]), float(found[3])
 
 
-def series(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """By engine: (share of zeros, ms), ascending. Rows without times are left out."""
+def series(rows: Sequence[dict[str, Any]], of: str = "ms") -> dict[str, list[tuple[float, float]]]:
+    """By engine: (share of zeros, what was measured), ascending. Rows without times are left out."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, engine in row.get("engines", {}).items():
-            if "ms" in engine:
-                lines.setdefault(name, []).append((kind_and_zeros(row["pattern"])[1], engine["ms"]))
+            if of in engine:
+                lines.setdefault(name, []).append((kind_and_zeros(row["pattern"])[1], engine[of]))
     return {name: sorted(points) for name, points in lines.items()}
 
 
-def draw(result: dict[str, Any], model: str, batch: int, out: Path) -> None:
-    """Write the picture. Raises ValueError if the result has no such rows."""
+def draw(result: dict[str, Any], model: str, batch: int, out: Path, of: str = "ms") -> None:
+    """Write the picture; `of` is a key of `FIGURES`. Raises ValueError if the result has no such rows."""
     from matplotlib.figure import Figure
 
     rows = [row for row in result["peers"] if (row["model"], row["batch"]) == (model, batch) and "engines" in row]
@@ -58,9 +60,9 @@ def draw(result: dict[str, Any], model: str, batch: int, out: Path) -> None:
     for i, count in enumerate(threads):
         for j, kind in enumerate(kinds):
             here = [row for row in rows if row["threads"] == count and kind_and_zeros(row["pattern"])[0] == kind]
-            panel(panels[i, j], series(here), off)
+            panel(panels[i, j], series(here, of), off)
             panels[i, j].set_title(f"{kind}, {count} thread{'s' * (count > 1)}", fontsize=10)
-        panels[i, 0].set_ylabel("ms a call")
+        panels[i, 0].set_ylabel(FIGURES[of])
     for ax in panels[-1]:
         ax.set_xlabel("zeros in the linear weights")
     handles, labels = max((ax.get_legend_handles_labels() for ax in panels.flat), key=lambda both: len(both[1]))
@@ -101,8 +103,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "peers.png")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--of", choices=FIGURES, default="ms")
     args = parser.parse_args()
-    draw(json.loads(args.json.read_text()), args.model, args.batch, args.out)
+    draw(json.loads(args.json.read_text()), args.model, args.batch, args.out, args.of)
     print(f"written: {args.out}")
 
 
