@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,13 @@ from benchmarks.peer_engines import ENGINES, Case, Engine
 WANTED = np.array([[[1.0, -4.0], [2.0, 0.5]]])
 
 FAKE = """
-import json, sys, time
+import json, sys
 engine = sys.argv[1]
 for line in sys.stdin:
     request = json.loads(line)
     if engine == "dies":
         sys.exit("no such instruction")
     reply = {"load": {"seconds": 0.5, "error": 1e-7, "versions": {engine: "1.0"}}, "stop": {}, "clear": {}}.get(request["do"])
-    if engine == "spins" and request["do"] == "time":
-        import threading
-        def spin(end=time.perf_counter() + 0.2):
-            while time.perf_counter() < end:
-                pass
-        threading.Thread(target=spin).start()
     if reply is None:
         took = [float(sys.argv[2])] * request["calls"]
         reply = {"failed": "RuntimeError: no"} if engine == "refuses" else {"seconds": took, "cpu": took}
@@ -132,15 +127,24 @@ def test_turns_are_interleaved_and_failures_reported() -> None:
     assert timed["dies"]["failed"] == "exit code 1: no such instruction"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU seconds come from /proc")
-def test_spinning_out_of_turn_is_seen() -> None:
+def test_spinning_out_of_turn_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     workers = fakes("sparsecc", "spins")
-    for child in workers:
-        child.ask("load", folder="")  # Python has started
-    timed = peers.take_turns(workers, "", 0.0, 2, rest=0.25)
+    share = {"sparsecc": 0.0, "spins": 0.5}
+    monkeypatch.setattr(peers.Child, "cpu", lambda child: share[child.engine] * time.perf_counter())
+    timed = peers.take_turns(workers, "", 0.0, 2, rest=0.01)
     for child in workers:
         child.close()
-    assert timed["spins"]["out_of_turn"] > 0.05 + timed["sparsecc"]["out_of_turn"]
+    assert timed["sparsecc"]["out_of_turn"] == 0
+    assert timed["spins"]["out_of_turn"] == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU seconds come from /proc")
+def test_cpu_seconds_of_a_worker() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass\nprint('{}', flush=True); input(); input()"
+    child = peers.Child("busy", 1, [sys.executable, "-c", burn])
+    assert child.ask("load") == {}
+    assert 0.25 < child.cpu() < 1.0
+    child.close()
 
 
 def test_row(monkeypatch: pytest.MonkeyPatch) -> None:
