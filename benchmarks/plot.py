@@ -1,6 +1,6 @@
 """Latency by sparsity, a line per engine: a picture of what `benchmarks/cpu.py peers` measured. Needs matplotlib (the extra "bench").
 
-    python -m benchmarks.plot [benchmarks/results/cpu-peers.json] [--out docs/peers.png] [--model minilm] [--batch 1] [--of cpu_ms]
+    python -m benchmarks.plot [benchmarks/results/cpu-peers.json] [--out docs/peers.png] [--model minilm] [--batch 1] [--threads 1,2] [--of cpu_ms]
 
 A panel for each pattern and number of threads. Both axes are logarithmic, zeros by the weights that they leave, so that time in
 proportion to the work is a straight line. `--of cpu_ms` draws CPU time, for one thread on a machine that was not idle. Dashed lines
@@ -45,17 +45,17 @@ def series(rows: Sequence[dict[str, Any]], of: str = "ms") -> dict[str, list[tup
     return {name: sorted(points) for name, points in lines.items()}
 
 
-def draw(result: dict[str, Any], model: str, batch: int, out: Path, of: str = "ms") -> None:
-    """Write the picture; `of` is a key of `FIGURES`. Raises ValueError if the result has no such rows."""
+def draw(result: dict[str, Any], model: str, batch: int, out: Path, of: str = "ms", only: Sequence[int] = ()) -> None:
+    """Write the picture; `of` is a key of `FIGURES`, `only` are numbers of threads. Raises ValueError if the result has no such rows."""
     from matplotlib.figure import Figure
 
     rows = [row for row in result["peers"] if (row["model"], row["batch"]) == (model, batch) and "engines" in row]
     if not rows:
         raise ValueError(f"no row of {model} with batch {batch}: there are {sorted({(r['model'], r['batch']) for r in result['peers']})}")
     kinds = sorted({kind_and_zeros(row["pattern"])[0] for row in rows})
-    threads = sorted({row["threads"] for row in rows})
+    threads = sorted({row["threads"] for row in rows if not only or row["threads"] in only})
     off = {name: max(row["engines"].get(name, {}).get("error", 0.0) for row in rows) for name in ENGINES}
-    figure = Figure(figsize=(5.2 * len(kinds), 3.9 * len(threads) + 1.1), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(kinds), 3.9 * len(threads) + 1.2), layout="constrained")
     panels = figure.subplots(len(threads), len(kinds), squeeze=False, sharex=True, sharey="row")
     for i, count in enumerate(threads):
         for j, kind in enumerate(kinds):
@@ -103,9 +103,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "peers.png")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[])
     parser.add_argument("--of", choices=FIGURES, default="ms")
     args = parser.parse_args()
-    draw(json.loads(args.json.read_text()), args.model, args.batch, args.out, args.of)
+    draw(json.loads(args.json.read_text()), args.model, args.batch, args.out, args.of, args.threads)
     print(f"written: {args.out}")
 
 
