@@ -1,6 +1,6 @@
 """Latency by sparsity, a line per engine: a picture of what `benchmarks/cpu.py peers` measured. Needs matplotlib (the extra "bench").
 
-    python -m benchmarks.plot [benchmarks/results/cpu-peers.json] [--out docs/peers.png] [--model minilm] [--batch 1] [--threads 1,2] [--of cpu_ms]
+    python -m benchmarks.plot [RESULTS.json] [--out docs/peers.png] [--model minilm] [--batch 1] [--threads 1,2] [--of cpu_ms]
 
 A panel for each pattern and number of threads. Both axes are logarithmic, zeros by the weights that they leave, so that time in
 proportion to the work is a straight line. `--of cpu_ms` draws CPU time, for one thread on a machine that was not idle. Dashed lines
