@@ -217,17 +217,17 @@ def row(job: dict[str, Any], folder: str, loaded: dict[str, Any], workers: Seque
         known = {key: reply[key] for key in ("error", "failed") if key in reply}
         engines[name] = {"precision": ENGINES[name].precision, **known, "load_seconds": reply.get("seconds"), **timed.get(name, {})}
     found = {package: version for reply in loaded.values() for package, version in reply.get("versions", {}).items()}
-    return {**job, "engines": engines, "versions": found, **verdict(engines)}
+    return {**job, "engines": engines, "versions": found, "vs": {key: verdict(engines, key) for key in ("ratio", "cpu_ratio")}}
 
 
-def verdict(engines: dict[str, Any]) -> dict[str, float | None]:
-    """How many times faster sparsecc was than each dense best: "vs_dense_fp32", "vs_dense" (any precision), "vs_deepsparse"."""
-    ratio = {name: engine["ratio"] for name, engine in engines.items() if engine.get("ratio")}
+def verdict(engines: dict[str, Any], key: str) -> dict[str, float | None]:
+    """How many times faster sparsecc was, by the ratio called `key`, than the best "dense fp32", "dense" of any precision, "deepsparse"."""
+    ratio = {name: engine[key] for name, engine in engines.items() if engine.get(key)}
     dense = {name: ratio[name] for name in ratio if name not in ("sparsecc", "floor", "deepsparse")}
     return {
-        "vs_dense_fp32": min((dense[name] for name in dense if engines[name]["precision"] == "fp32"), default=None),
-        "vs_dense": min(dense.values(), default=None),
-        "vs_deepsparse": ratio.get("deepsparse"),
+        "dense fp32": min((dense[name] for name in dense if engines[name]["precision"] == "fp32"), default=None),
+        "dense": min(dense.values(), default=None),
+        "deepsparse": ratio.get("deepsparse"),
     }
 
 
@@ -256,8 +256,8 @@ def acquire(held: IO[str], patience: float) -> bool:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A column per cell, a line per engine: milliseconds, times sparsecc's, error."""
-    out = Table(title="peers: ms a call, times sparsecc's (medians of one interleaved run), largest error")
+    """A column per cell, a line per engine: milliseconds, times sparsecc's by latency and by CPU time, error."""
+    out = Table(title="peers: ms a call, times sparsecc's, the same by CPU time (medians of one interleaved run), largest error")
     out.add_column("engine", no_wrap=True)
     for row in rows:
         out.add_column(f"{row['model']} {row['batch']} x {row['seq']}\n{row['pattern']}\n{row['threads']} threads", justify="right")
@@ -273,7 +273,8 @@ def _told(engine: dict[str, Any] | None) -> str:
         return ""
     if not engine.get("ratio"):
         return "[red]failed"
-    return f"{engine['ms']:.2f} {engine['ratio']:.2f}x" + (f" {engine['error']:.0e}" if "error" in engine else "")
+    error = f" {engine['error']:.0e}" if "error" in engine else ""
+    return f"{engine['ms']:.2f} {engine['ratio']:.2f}x {engine['cpu_ratio']:.2f}x{error}"
 
 
 def _recipe(name: str) -> str:

@@ -164,7 +164,7 @@ def test_row(monkeypatch: pytest.MonkeyPatch) -> None:
         child.close()
     assert json.loads(json.dumps(row)) == row
     assert (row["model"], row["pattern"], row["threads"], row["batch"], row["seq"]) == ("minilm", "unstructured(0.9)", 2, 1, 128)
-    assert (row["vs_dense_fp32"], row["vs_dense"], row["vs_deepsparse"]) == (2.0, 2.0, 4.0)
+    assert row["vs"]["ratio"] == row["vs"]["cpu_ratio"] == {"dense fp32": 2.0, "dense": 2.0, "deepsparse": 4.0}
     assert row["engines"]["openvino int8"]["precision"] == "int8" and row["engines"]["openvino int8"]["error"] == 1e-7
     assert row["engines"]["refuses"]["failed"] == "RuntimeError: no"
     assert row["versions"]["deepsparse"] == "1.0"
