@@ -67,7 +67,8 @@ def draw(result: dict[str, Any], model: str, batch: int, out: Path, of: str = "m
         ax.set_xlabel("zeros in the linear weights")
     handles, labels = max((ax.get_legend_handles_labels() for ax in panels.flat), key=lambda both: len(both[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, handlelength=2.8)
-    figure.suptitle(f"{model}, {batch} x {rows[0]['seq']} tokens: {result['machine']}", fontsize=11)
+    busy = "" if all(row.get("alone") is not False for row in rows) else ", busy with other work"
+    figure.suptitle(f"{model}, {batch} x {rows[0]['seq']} tokens: {result['machine']}{busy}", fontsize=11)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=85, pil_kwargs={"optimize": True})
 
