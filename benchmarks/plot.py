@@ -63,6 +63,11 @@ def draw(result: dict[str, Any], model: str, batch: int, out: Path, of: str = "m
             panel(panels[i, j], series(here, of), off)
             panels[i, j].set_title(f"{kind}, {count} thread{'s' * (count > 1)}", fontsize=10)
         panels[i, 0].set_ylabel(FIGURES[of])
+    zeros = sorted({kind_and_zeros(row["pattern"])[1] for row in rows})
+    for ax in panels.flat:  # panels share an axis, and need not have the same points
+        ax.set_xlim(1.1 * (1 - zeros[0]), (1 - zeros[-1]) / 1.1)
+        ax.set_xticks([1 - share for share in zeros], [f"{share:.0%}" for share in zeros])
+        ax.set_xticks([], minor=True)
     for ax in panels[-1]:
         ax.set_xlabel("zeros in the linear weights")
     handles, labels = max((ax.get_legend_handles_labels() for ax in panels.flat), key=lambda both: len(both[1]))
@@ -85,10 +90,7 @@ def panel(ax: Any, lines: dict[str, list[tuple[float, float]]], off: dict[str, f
         label = f"{name.removesuffix(f' {precision}')} {precision}" + ("" if precision == "fp32" else f", off by {off[name]:.0%}")
         width = 2.8 if name == "sparsecc" else 1.3
         ax.plot(kept, ms, DASHES[precision], color=color, marker=mark, markersize=5, linewidth=width, label=label, zorder=width)
-    zeros = sorted({z for points in lines.values() for z, _ in points})
-    ax.set(xscale="log", yscale="log", xlim=(1.1 * (1 - zeros[0]), (1 - zeros[-1]) / 1.1))
-    ax.set_xticks([1 - z for z in zeros], [f"{z:.0%}" for z in zeros])
-    ax.set_xticks([], minor=True)
+    ax.set(xscale="log", yscale="log")
     low, high = ax.get_ylim()
     ticks = [t for t in (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 2000) if low <= t <= high]
     ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
