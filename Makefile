@@ -45,7 +45,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -qq -e '.[bench]'
-	$(BIN)/python benchmarks/cpu.py all
+	$(BIN)/python -m benchmarks.cpu all
 
 peaks: $(STAMP)
 	$(BIN)/python benchmarks/peaks.py

@@ -1,11 +1,14 @@
 """sparsecc on a CPU against dense torch (models) and against the machine (kernels). Tables on the screen, JSON in a file.
 
-    python benchmarks/cpu.py models [--models minilm,bert,smollm2] [--patterns "block(4, 1, 0.9),unstructured(0.9)"] [--threads 1,2]
-    python benchmarks/cpu.py kernels [--shapes bert,llama,512x2048] [--m 1,16,64,128,512] [--sparsity .8,.9,.95] [--threads 1,2]
-    python benchmarks/cpu.py all [--quick]
+    python -m benchmarks.cpu models [--models minilm,bert,smollm2] [--patterns "block(4, 1, 0.9),unstructured(0.9)"] [--threads 1,2]
+    python -m benchmarks.cpu kernels [--shapes bert,llama,512x2048] [--m 1,16,64,128,512] [--sparsity .8,.9,.95] [--threads 1,2]
+    python -m benchmarks.cpu all [--quick]
+    python -m benchmarks.cpu peers [--models minilm,bert] [--patterns ...] [--threads 1,2] [--batch 1,16]
+        --peer onnxruntime --peer deepsparse=PYTHON --peer openvino=PYTHON
 
 Every pattern and number of threads runs in processes of its own, since thread pools keep their size. Compile seconds come from two
-more of them: cold has empty caches of sparsecc and Inductor, warm finds what cold left.
+more of them: cold has empty caches of sparsecc and Inductor, warm finds what cold left. `peers` times other engines (`benchmarks/peers.py`)
+and needs the extra "bench".
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -25,6 +29,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import peers
 
 ROOT = Path(__file__).resolve().parents[1]
 PATTERNS = {
@@ -70,14 +76,34 @@ def worker(module: str, job: dict[str, Any], **env: str) -> list[dict[str, Any]]
 def run_models(args: argparse.Namespace, console: Console, save: Any) -> None:
     """A row per number of threads, model and pattern."""
     rows: list[dict[str, Any]] = []
-    for threads in args.threads:
-        for model in args.models:
-            for pattern in args.patterns or (PATTERNS[model][:1] if args.quick else PATTERNS[model]):
-                job = {"model": model, "pattern": pattern, "threads": threads, "batch": args.batch, "seq": args.seq, "quick": args.quick}
-                rows.append(one_model({**job, "seconds": 0.3 if args.quick else args.seconds}))
-                console.print(f"  {threads} threads {model} {pattern}: {_told(rows[-1])}", markup=False)
-                save("models", rows)
+    for threads, model, batch in itertools.product(args.threads, args.models or PATTERNS, args.batch):
+        for pattern in args.patterns or (PATTERNS[model][:1] if args.quick else PATTERNS[model]):
+            job = {"model": model, "pattern": pattern, "threads": threads, "batch": batch, "seq": args.seq, "quick": args.quick}
+            rows.append(one_model({**job, "seconds": 0.3 if args.quick else args.seconds}))
+            console.print(f"  {threads} threads {model} {pattern}: {_told(rows[-1])}", markup=False)
+            save("models", rows)
     console.print(models_table(rows))
+
+
+def run_peers(args: argparse.Namespace, console: Console, save: Any) -> None:
+    """A row per number of threads, model, batch and pattern; the engines' processes live as long as the number of threads does."""
+    patterns = args.patterns or (peers.PATTERNS[2:3] if args.quick else peers.PATTERNS)
+    seconds, rounds = (0.0, 2) if args.quick else (args.seconds, 9)
+    hold = peers.lock(args.lock, args.patience)
+    rows: list[dict[str, Any]] = []
+    for threads in args.threads:
+        workers = peers.children(args.peer, threads, args.engines)
+        try:
+            product = itertools.product(args.models or peers.MODELS[:1], args.batch, patterns)
+            cells = [peers.Cell(model, pattern, threads, batch, args.seq) for model, batch, pattern in product]
+            for at in range(0, len(cells), args.group):
+                new = peers.measure(cells[at : at + args.group], workers, seconds * len(workers), rounds, hold)
+                rows += new
+                console.print(peers.table(new), *(row["failed"] for row in new if "failed" in row))
+                save("peers", rows)
+        finally:
+            for child in workers:
+                child.close()
 
 
 def one_model(job: dict[str, Any]) -> dict[str, Any]:
@@ -167,17 +193,22 @@ def _parser() -> argparse.ArgumentParser:
     listed = lambda kind: lambda text: [kind(part) for part in COMMA.split(text) if part]  # noqa: E731
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("models", "kernels", "all"))
+    parser.add_argument("what", choices=("models", "kernels", "all", "peers"))
     parser.add_argument("--threads", type=listed(int), default=[t for t in (1, 2) if t <= cpus])
-    parser.add_argument("--models", type=listed(str), default=list(PATTERNS), help=", ".join(PATTERNS))
+    parser.add_argument("--models", type=listed(str), help=", ".join(PATTERNS))
     parser.add_argument("--patterns", type=listed(str), help='for every model: "block(4, 1, 0.9),unstructured(0.9),nm(2, 4),dense"')
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=listed(int), default=[1])
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per contestant")
     parser.add_argument("--shapes", type=listed(str), default=list(SHAPES), help="bert, llama, or NxK")
     parser.add_argument("--formats", type=listed(str), help='"bsr(4, 1),csr"; by default every family')
     parser.add_argument("--m", type=listed(int), default=[1, 16, 64, 128, 512], help="tokens")
     parser.add_argument("--sparsity", type=listed(float), default=[0.8, 0.9, 0.95])
+    parser.add_argument("--peer", action="append", default=[], help=f"NAME or NAME=PYTHON, of {', '.join(peers.PACKAGES)}; repeatable")
+    parser.add_argument("--engines", type=listed(str), default=[], help=f"peers: of {', '.join(peers.ENGINES)}; by default all there are")
+    parser.add_argument("--group", type=int, default=1, help="peers: patterns to load together and time one after the other")
+    parser.add_argument("--lock", type=Path, help="peers: a file to flock, shared while preparing and exclusively while timing")
+    parser.add_argument("--patience", type=float, default=3600.0, help="seconds to wait for --lock before timing without it")
     parser.add_argument("--quick", action="store_true", help="a look at whether everything runs; its figures mean nothing")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu-WHAT.json, none with --quick")
     return parser
@@ -186,8 +217,17 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run, print, and keep the file up to date after every row."""
     args = _parser().parse_args()
-    if unknown := set(args.models) - set(PATTERNS):
-        raise SystemExit(f"unknown model {', '.join(unknown)}: known are {', '.join(PATTERNS)}")
+    known = peers.MODELS if args.what == "peers" else tuple(PATTERNS)
+    if unknown := set(args.models or ()) - set(known):
+        raise SystemExit(f"unknown model {', '.join(unknown)}: known are {', '.join(known)}")
+    if unknown := set(args.engines) - set(peers.ENGINES):
+        raise SystemExit(f"unknown engine {', '.join(unknown)}: known are {', '.join(peers.ENGINES)}")
+    try:
+        args.peer = [peers.Peer.parse(text) for text in args.peer]
+        for peer in args.peer:
+            peer.require()
+    except peers.PeerError as error:
+        raise SystemExit(str(error)) from None
     path = args.json or (None if args.quick else ROOT / "benchmarks" / "results" / f"cpu-{args.what}.json")
     result = stamp(args.quick)
     console = Console(width=None if sys.stdout.isatty() else 220)
@@ -199,10 +239,12 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1) + "\n")
 
-    if args.what != "models":
+    if args.what in ("kernels", "all"):
         run_kernels(args, console, save)
-    if args.what != "kernels":
+    if args.what in ("models", "all"):
         run_models(args, console, save)
+    if args.what == "peers":
+        run_peers(args, console, save)
     if path:
         console.print(f"written: {path}", markup=False)
 

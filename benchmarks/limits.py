@@ -40,10 +40,14 @@ class FmaLimit:
         """One run of about that long."""
         rounds = max(64, int(self._per_second * seconds))
         start = time.perf_counter()
-        self._kernel(rounds, *self._data)
+        self.run(self._flops * rounds)
         took = time.perf_counter() - start
         self._per_second = rounds / took
         return self._flops * rounds / took
+
+    def run(self, flops: float) -> None:
+        """That much work, to the nearest round."""
+        self._kernel(round(flops / self._flops), *self._data)
 
 
 class ReadLimit:
