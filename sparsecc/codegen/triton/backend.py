@@ -59,7 +59,7 @@ def _space(spec: KernelSpec) -> list[GpuConfig]:
     rows = tile_rows(spec, GpuConfig())
     if spec.dtype == "f32":  # ordinary multiply-adds, whose operands take registers
         tokens = ((16, 4), (16, 1)) if spec.regime == "few" else ((64, 1), (32, 1))
-        return [GpuConfig(bm=bm, bn=64, bk=32, split=split, warps=8 if rows == 128 else 4, stages=2) for bm, split in tokens]
+        return [GpuConfig(bm=bm, bn=64, bk=32, split=split, warps=8 if rows * bm > 2048 else 4, stages=2) for bm, split in tokens]
     if spec.regime == "few":
         steps = ((64, 4, 4), (64, 1, 4), (128, 8, 3), (64, 16, 3))
         return [GpuConfig(bm=16, bn=64, bk=bk, split=split, warps=8 if rows == 128 else 4, stages=stages) for bk, split, stages in steps]
@@ -70,8 +70,10 @@ def _space(spec: KernelSpec) -> list[GpuConfig]:
 def _csr_space(spec: KernelSpec) -> list[GpuConfig]:
     if spec.regime == "one":
         return [GpuConfig(bm=16, bn=rows, split=split, stages=1) for rows, split in ((16, 1), (16, 4), (32, 1), (8, 4))]
-    tokens = (16,) if spec.regime == "few" else (64, 32)
-    return [GpuConfig(bm=bm, bn=rows, warps=4, stages=1) for bm in tokens for rows in (16, 8)]
+    # Products of every row and token with all columns of a block are held at once.
+    many = any(fmt.block[1] > 4 for fmt in spec.formats) or (spec.dtype == "f32" and len(spec.formats) > 1)
+    tokens = (16,) if spec.regime == "few" else (32, 16) if many else (64, 32)
+    return [GpuConfig(bm=bm, bn=rows, warps=4, stages=1) for bm in tokens for rows in ((8,) if many else (16, 8))]
 
 
 def _fitting(spec: KernelSpec, config: GpuConfig, most: int) -> GpuConfig:
