@@ -11,6 +11,7 @@ def linear(x, y, bias, ptr0, bits0, val0, M, N, K, x_step):
     x_rows = x + rm.to(tl.int64)[None, :] * x_step
     acc = tl.zeros((64, 128), tl.float32)
     tiles0 = tl.cdiv(N, 64)
+    words0 = bits0.to(tl.pointer_type(tl.uint32))
     parent0 = tl.arange(0, 64)
     nibble0 = tl.arange(0, 8)[None, :]
     byte0 = nibble0 // 2 * 8
@@ -18,13 +19,13 @@ def linear(x, y, bias, ptr0, bits0, val0, M, N, K, x_step):
     for j in tl.range(0, tl.cdiv(K, 64), num_stages=3):
         window = j * tiles0 + tile_n
         stored = val0 + tl.load(ptr0 + window).to(tl.int64)
-        bits = bits0 + (window.to(tl.int64) * 64 + parent0) * 4
-        word_0 = tl.load(bits + 0).to(tl.uint32) | (tl.load(bits + 1).to(tl.uint32) << 16)
+        bits = words0 + (window.to(tl.int64) * 64 + parent0) * 2
+        word_0 = tl.load(bits)
         pairs = word_0 - ((word_0 >> 1) & 0x55555555)
         nibbles_0 = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
         sums_0 = ((nibbles_0 + (nibbles_0 >> 4)) & 0x0F0F0F0F) * 0x01010101
         count_0 = (sums_0 >> 24).to(tl.int32)
-        word_1 = tl.load(bits + 2).to(tl.uint32) | (tl.load(bits + 3).to(tl.uint32) << 16)
+        word_1 = tl.load(bits + 1)
         pairs = word_1 - ((word_1 >> 1) & 0x55555555)
         nibbles_1 = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
         sums_1 = ((nibbles_1 + (nibbles_1 >> 4)) & 0x0F0F0F0F) * 0x01010101

@@ -10,8 +10,8 @@ def linear(x, xt, y, bias, idx0, val0, ptr1, idx1, val1, M, N, K, x_step, xt_ste
     rm = tl.minimum(tokens, M - 1)
     x_rows = x + rm.to(tl.int64)[None, :] * x_step
     acc = tl.zeros((16, 16), tl.float32)
-    groups0 = tl.cdiv(K, 4)
-    words0 = tl.cdiv(groups0, 2)
+    groups0 = tl.multiple_of(K // 4, 64)
+    words0 = tl.multiple_of(K // 8, 32)
     row0 = rn.to(tl.int64)[:, None]
     slot0 = tl.arange(0, 32)[None, :]
     word0 = tl.arange(0, 8)[None, :]

@@ -7,8 +7,8 @@ def linear(x, y, bias, idx0, val0, M, N, K, x_step):
     tile_n = tl.program_id(0) % tiles
     rn = tile_n * 16 + tl.arange(0, 16)
     acc = tl.zeros((16,), tl.float32)
-    groups0 = tl.cdiv(K, 4)
-    words0 = tl.cdiv(groups0, 2)
+    groups0 = tl.multiple_of(K // 4, 64)
+    words0 = tl.multiple_of(K // 8, 32)
     row0 = rn.to(tl.int64)[:, None]
     slot0 = tl.arange(0, 128)[None, :]
     word0 = tl.arange(0, 32)[None, :]

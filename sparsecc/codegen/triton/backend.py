@@ -63,7 +63,7 @@ def _space(spec: KernelSpec) -> list[GpuConfig]:
     if spec.regime == "few":
         steps = ((64, 4, 4), (64, 1, 4), (128, 8, 3), (64, 16, 3))
         return [GpuConfig(bm=16, bn=64, bk=bk, split=split, warps=8 if rows == 128 else 4, stages=stages) for bk, split, stages in steps]
-    wide = ((128, 4), (64, 4), (256, 8)) if rows < 128 else ((128, 8), (64, 4))
+    wide = ((128, 4), (64, 4), (256, 8)) if rows < 128 and spec.dtype != "tf32" else ((128, 8), (64, 4))
     return [GpuConfig(bm=bm, bn=64, bk=bk, warps=warps, stages=stages) for bk, stages in ((64, 3), (32, 4)) for bm, warps in wide]
 
 

@@ -41,6 +41,7 @@ def write_bitmap(tile: Tile, t: int) -> None:
     (br, bc), parents, width = fmt.block, fmt.level.every, fmt.swizzle.width
     words = width // WORD
     w(f"tiles{t} = tl.cdiv(N, {tile.bn})")
+    w(f"words{t} = bits{t}.to(tl.pointer_type(tl.uint32))")  # two stored words at a time
     w(f"parent{t} = tl.arange(0, {parents})")
     w(f"nibble{t} = tl.arange(0, 8)[None, :]")
     w(f"byte{t} = nibble{t} // 2 * 8")
@@ -50,10 +51,9 @@ def write_bitmap(tile: Tile, t: int) -> None:
     with w.block(tile.loop(first, last)):
         w(f"window = j * tiles{t} + tile_n")
         w(f"stored = val{t} + tl.load(ptr{t} + window).to(tl.int64)" + (f" * {br * bc}" if br * bc > 1 else ""))
-        w(f"bits = bits{t} + (window.to(tl.int64) * {parents} + parent{t}) * {2 * words}")
+        w(f"bits = words{t} + (window.to(tl.int64) * {parents} + parent{t}){f' * {words}' if words > 1 else ''}")
         for q in range(words):
-            # 16-bit words: pairs of them may begin anywhere.
-            w(f"word_{q} = tl.load(bits + {2 * q}).to(tl.uint32) | (tl.load(bits + {2 * q + 1}).to(tl.uint32) << 16)")
+            w(f"word_{q} = tl.load(bits{f' + {q}' if q else ''})")
             _count(tile, q)
         total = " + ".join(f"count_{q}" for q in range(words))
         w(f"counts = {total}")

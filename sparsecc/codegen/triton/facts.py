@@ -6,6 +6,7 @@ import torch
 
 from sparsecc.codegen.kernel import ActivationType, KernelSpec, Regime
 from sparsecc.codegen.triton.linear import BSR, family
+from sparsecc.codegen.triton.nm import STEP
 from sparsecc.errors import TargetError
 from sparsecc.formats import Format
 
@@ -33,7 +34,7 @@ def spec_of(
 ) -> KernelSpec:
     """What a kernel for this weight and so many tokens may rely on."""
     N, K = shape
-    rows, columns = zip(*(fmt.block if family(fmt) is BSR else (128, 256) for fmt in formats), strict=True)
+    rows, columns = zip(*(fmt.block if family(fmt) is BSR else (128, STEP) for fmt in formats), strict=True)
     return KernelSpec(
         formats,
         epilogue,

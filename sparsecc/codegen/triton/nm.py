@@ -8,6 +8,9 @@ from __future__ import annotations
 from sparsecc.codegen.triton.tile import Tile, interleave
 from sparsecc.formats import Format, PackedNM
 
+STEP = 256
+"""Columns that K is a multiple of unless the spec says `tail`."""
+
 
 def refuses_nm(fmt: Format) -> str | None:
     """Why this family cannot run the format, or None."""
@@ -28,8 +31,12 @@ def write_nm(tile: Tile, t: int) -> None:
     groups = bk // m
     ragged = tile.spec.ragged
     tail = tile.spec.tail
-    w(f"groups{t} = tl.cdiv(K, {m})")
-    w(f"words{t} = tl.cdiv(groups{t}, {level.per_word})")
+    if tail:
+        w(f"groups{t} = tl.cdiv(K, {m})")
+        w(f"words{t} = tl.cdiv(groups{t}, {level.per_word})")
+    else:  # K is a multiple of 256: said of what is derived from it, so that rows are loaded 16 bytes at a time
+        w(f"groups{t} = tl.multiple_of(K // {m}, {STEP // m})")
+        w(f"words{t} = tl.multiple_of(K // {m * level.per_word}, {STEP // (m * level.per_word)})")
     w(f"row{t} = {'tl.minimum(rn, N - 1)' if ragged else 'rn'}.to(tl.int64)[:, None]")
     w(f"slot{t} = tl.arange(0, {groups * n})[None, :]")
     w(f"word{t} = tl.arange(0, {groups // level.per_word})[None, :]")
