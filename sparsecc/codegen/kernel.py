@@ -7,7 +7,7 @@ from typing import Literal
 
 from sparsecc.formats import Format
 
-Regime = Literal["many", "one"]
+Regime = Literal["many", "few", "one"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class KernelSpec:
     """y[M, N] = epilogue(sum_t W_t x + bias) + residual, W_t [N, K] stored in `formats[t]`, float32 accumulation.
 
     M, N and K are run-time arguments, so layers of other sizes share the code. `layout` is y's: "row" (features consecutive)
-    or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders) or "one" (M = 1: decode).
+    or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders), "few" (M = 2..16) or "one"
+    (M = 1: decode). `dtype` is that of x, y and the residual: f32, or bf16 and f16 where a token's regime reads those as they are.
     `ragged`: N isn't a multiple of every block's rows. `wide`: coordinates need 32-bit indices.
     """
 
@@ -26,10 +27,12 @@ class KernelSpec:
     regime: Regime = "many"
     ragged: bool = False
     wide: bool = False
+    dtype: str = "f32"
 
     def __str__(self) -> str:
         """`linear(bsr(4, 1) + csr) gelu +residual -> row, many`"""
         tail = f" {self.epilogue}" if self.epilogue else ""
         facts = f"{', ragged' if self.ragged else ''}{', wide' if self.wide else ''}"
+        facts += f", {self.dtype}" if self.dtype != "f32" else ""
         plus = " +residual" if self.residual else ""
         return f"linear({' + '.join(map(str, self.formats))}){tail}{plus} -> {self.layout}, {self.regime}{facts}"

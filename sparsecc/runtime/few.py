@@ -1,0 +1,133 @@
+"""Calling the kernels for one token, or a few: what a decoder does hundreds of times per token, so a call is bound once.
+
+A bound call is the bytes that the kernel takes as arguments, but for the addresses of x, the result and the residual.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable
+from ctypes import c_void_p
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.codegen.tvm.native import Native
+from sparsecc.codegen.tvm.spmv import GROUP, TILES
+from sparsecc.codegen.tvm.streams import serves_few
+from sparsecc.formats import Format, Panels
+from sparsecc.runtime.record import call, empty, output, recording
+
+TASK_BYTES = 1 << 19
+"""Of a weight that is read for several tiles of tokens: so much stays in a core's cache."""
+
+BOUND = 64
+"""Bound calls that a kernel keeps."""
+
+_LOCAL = threading.local()
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One weight, bias, number of tokens, dtype and number of threads. `floats`: of `work`; `keep`: the tensors, so that no address is used again."""
+
+    code: Callable[..., Any]
+    fast: Callable[[bytes], None] | None
+    tail: bytes
+    args: tuple[Any, ...]
+    floats: int
+    keep: tuple[Any, ...]
+
+
+class FewTokens:
+    """fn(x [..., K], params, bias, residual) -> y [..., N], rows of features, in x's dtype."""
+
+    def __init__(self, backend: TvmBackend, spec: KernelSpec, config: CpuConfig, shape: tuple[int, int]) -> None:
+        self.backend, self.spec, self.config, self.shape = backend, spec, config, shape
+        N, K = shape
+        self.few = all(serves_few(fmt, backend.isa) for fmt in spec.formats)
+        self._reach = max(_columns(fmt, K) for fmt in spec.formats) // 64 * 64 + 128
+        self._pitch = max(fmt.block_rows(N) * fmt.block[0] for fmt in spec.formats) // 64 * 64 + 128
+        self._sizes = tuple(size for fmt in spec.formats for size in (fmt.grid(N, K)[1], panels(fmt, N, fmt.grid(N, K)[0])))
+        self._head = struct.Struct("8q" if spec.residual else "6q")
+        self._zeros = torch.zeros(N)
+        self._bound: dict[tuple[Any, ...], Bound] = {}
+        self._lock = threading.Lock()
+
+    def serves(self, tokens: int) -> bool:
+        """Whether this is the code for so many tokens."""
+        return tokens == 1 or (self.few and tokens <= GROUP)
+
+    def source(self, tokens: int, dtype: str = "f32") -> str:
+        """The text of the kernel."""
+        tile = next((t for t in TILES if t >= tokens), TILES[-1])
+        spec = replace(self.spec, regime="one" if tile == 1 else "few", dtype=dtype, layout="row", ragged=False)
+        return self.backend.source(spec, replace(self.config, vectors=tile))
+
+    def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """`serves` the number of tokens, which is not 0."""
+        x = x if x.is_contiguous() else x.contiguous()
+        key = (params[0].data_ptr(), params[-1].data_ptr(), 0 if bias is None else bias.data_ptr(), x.numel(), x.dtype, torch.get_num_threads())
+        bound = self._bound.get(key) or self._bind(key, x, params, bias)
+        shape = (*x.shape[:-1], self.shape[0])
+        if residual is not None:
+            residual = residual if residual.dtype == x.dtype and residual.is_contiguous() else residual.to(x.dtype).contiguous()
+        if bound.fast is None or recording():
+            y = output(*shape, dtype=x.dtype)
+            work = empty(bound.floats)
+            call(bound.code, *(c_void_p(t.data_ptr()) for t in (x, y, residual, work) if t is not None), *bound.args)
+            return y
+        y = torch.empty(shape, dtype=x.dtype)
+        work = _work(bound.floats)
+        if residual is None:
+            head = self._head.pack(4, x.data_ptr(), 4, y.data_ptr(), 4, work)
+        else:
+            head = self._head.pack(4, x.data_ptr(), 4, y.data_ptr(), 4, residual.data_ptr(), 4, work)
+        bound.fast(head + bound.tail)
+        return y
+
+    def _bind(self, key: tuple[Any, ...], x: Tensor, params: list[Tensor], bias: Tensor | None) -> Bound:
+        N, K = self.shape
+        tokens, threads = x.numel() // K, torch.get_num_threads()
+        code = self.backend.load(self.source(tokens, DTYPES[x.dtype]))
+        wide = self._zeros if bias is None else bias.float().contiguous()
+        parts = 1 if tokens <= TILES[-1] else max(1, -(-sum(p.nbytes for p in params) // (threads * TASK_BYTES)))
+        args = (
+            *(c_void_p(tensor.data_ptr()) for tensor in (wide, *params)),
+            tokens, N, K, self._reach, self._pitch, K, N, N, threads * parts, *self._sizes,
+        )  # fmt: skip
+        count = self._head.size // 16 + len(args)
+        fast, tail = code.bind(count, args) if isinstance(code, Native) else (None, b"")
+        floats = (1 if tokens == 1 else GROUP) * (self._pitch + 2 * self._reach)
+        bound = Bound(code, fast, tail, args, floats, (wide, bias, *params))
+        with self._lock:
+            while len(self._bound) >= BOUND:
+                self._bound.pop(next(iter(self._bound)))
+            self._bound[key] = bound
+        return bound
+
+
+def _work(floats: int) -> int:
+    """The address of this thread's memory for kernels, valid until it asks for more."""
+    if getattr(_LOCAL, "floats", 0) < floats:
+        _LOCAL.memory, _LOCAL.floats = torch.empty(floats), floats
+        _LOCAL.address = _LOCAL.memory.data_ptr()
+    return _LOCAL.address
+
+
+def panels(fmt: Format, N: int, parents: int) -> int:
+    """Panels of columns: 1 unless the format is swizzled into them."""
+    return max(1, parents // fmt.block_rows(N)) if isinstance(fmt.swizzle, Panels) and N else 1
+
+
+def _columns(fmt: Format, K: int) -> int:
+    """Columns of whole blocks, groups and panels."""
+    whole = fmt.block[1] * (fmt.swizzle.width if isinstance(fmt.swizzle, Panels) else getattr(fmt.level, "m", 1))
+    return -(-max(K, 1) // whole) * whole
