@@ -26,7 +26,7 @@ from sparsecc.runtime.record import call, empty, output, recording
 TASK_BYTES = 1 << 19
 """Of a weight that is read for several tiles of tokens: so much stays in a core's cache."""
 
-BOUND = 64
+BOUND = 1024
 """Bound calls that a kernel keeps."""
 
 _LOCAL = threading.local()
@@ -36,7 +36,7 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 @dataclass(frozen=True)
 class Bound:
-    """One weight, bias, number of tokens, dtype and number of threads. `floats`: of `work`; `keep`: the tensors, so that no address is used again."""
+    """One weight, bias, number of tokens, dtype and number of threads. `floats`: of `work`; `keep`: tensors whose addresses these are."""
 
     code: Callable[..., Any]
     fast: Callable[[bytes], None] | None
@@ -74,7 +74,8 @@ class FewTokens:
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """`serves` the number of tokens, which is not 0."""
         x = x if x.is_contiguous() else x.contiguous()
-        key = (params[0].data_ptr(), params[-1].data_ptr(), 0 if bias is None else bias.data_ptr(), x.numel(), x.dtype, torch.get_num_threads())
+        bias_at = 0 if bias is None else bias.data_ptr()
+        key = (params[0].data_ptr(), params[-1].data_ptr(), bias_at, x.numel(), x.dtype, torch.get_num_threads())
         bound = self._bound.get(key) or self._bind(key, x, params, bias)
         shape = (*x.shape[:-1], self.shape[0])
         if residual is not None:

@@ -25,9 +25,9 @@ _LOCAL = threading.local()
 aten = torch.ops.aten
 HARMLESS = {
     aten.empty.memory_format, aten.new_empty.default, aten.as_strided.default, aten.view.default, aten._unsafe_view.default,
-    aten.view.dtype, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.transpose.int, aten.t.default, aten.permute.default,
+    aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.transpose.int, aten.t.default, aten.permute.default,
     aten.select.int, aten.expand.default, aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default, aten.detach.default,
-    aten._reshape_alias.default,
+    aten._reshape_alias.default, aten.view.dtype,
 }  # fmt: skip
 """What torch may do while a chain is recorded: nothing that computes, since a replay would leave it out."""
 

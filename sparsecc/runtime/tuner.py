@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, con
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.codegen.tvm.spmv import GROUP
+from sparsecc.codegen.tvm.streams import serves_few
 from sparsecc.formats import Dense, Format
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import ACTIVATIONS, empty_output
@@ -28,6 +31,9 @@ from sparsecc.runtime.launch import LinearKernel
 
 TOLERANCE = 2e-5
 """Largest error of a candidate, as a fraction of the largest output: float32 accumulation in another order."""
+
+FOOTPRINT, COPIES = 128 << 20, 64
+"""Bytes of copies of a weight that is timed with a few tokens, and how many copies at most."""
 
 WINS_BY = 0.97
 """A candidate replaces dense code only if it takes at most this fraction of its time: below that, noise decides."""
@@ -112,8 +118,9 @@ class CpuTuner:
     def _candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
         """By name, the most promising first within each format."""
         found: dict[str, tuple[Format, CpuConfig]] = {}
-        regime = "one" if problem.tokens == 1 else "many"
         for fmt in problem.formats:
+            few = problem.tokens == 1 or (problem.tokens <= GROUP and serves_few(fmt, self.backend.isa))
+            regime = "many" if not few else "one" if problem.tokens == 1 else "few"
             spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=regime)
             if self.backend.refuses(spec) is None:
                 for config in self.backend.space(spec):
@@ -183,10 +190,10 @@ class Call:
 
     def dense(self) -> Callable[[], Tensor]:
         """torch's own code on the weight as it is."""
-        weight = self.problem.weight.contiguous()
+        turn = itertools.cycle(self._copies([self.problem.weight.contiguous()]))
 
         def run() -> Tensor:
-            y = self.act(F.linear(self.x, weight, self.bias))
+            y = self.act(F.linear(self.x, next(turn)[0], self.bias))
             return y if self.res is None else y + self.res
 
         return run
@@ -195,9 +202,17 @@ class Call:
         """A kernel on the packed weight."""
         shape = (self.problem.weight.shape[0], self.problem.weight.shape[1])
         _, kernel = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, "row", shape, to_text(config))
-        params = list(fmt.pack(self.problem.weight).values())
-        kernel.prepare(self.problem.tokens)
-        return lambda: kernel(self.x, params, self.bias, self.res)
+        turn = itertools.cycle(self._copies(list(fmt.pack(self.problem.weight).values())))
+        kernel.prepare(self.problem.tokens, self.x.dtype)
+        return lambda: kernel(self.x, next(turn), self.bias, self.res)
+
+    def _copies(self, params: list[Tensor]) -> list[list[Tensor]]:
+        """The weight as often as it takes to find it out of the caches, as a token of a model does whose other layers ran meanwhile. With
+        many tokens it is read once for all of them."""
+        if self.problem.tokens > GROUP:
+            return [params]
+        count = min(COPIES, -(-FOOTPRINT // max(1, sum(p.nbytes for p in params))))
+        return [params, *([p.clone() for p in params] for _ in range(count - 1))]
 
     def reference(self) -> Tensor:
         """float64."""

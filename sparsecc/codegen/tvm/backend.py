@@ -66,6 +66,8 @@ class TvmBackend:
             nonzeros = any(isinstance(fmt.level, Compressed) and fmt.block == (1, 1) for fmt in spec.formats)
             gathers = (True, False) if nonzeros and self.isa.has("avx512bw") else (True,)
             return [CpuConfig(1, 1, streams=streams, gather=gather) for gather in gathers for streams in (4, 8)]
+        if spec.regime == "few":
+            return [CpuConfig(streams=4), CpuConfig(streams=2)]
         rows = max(fmt.block[0] for fmt in spec.formats)
         if any(isinstance(fmt.level, Sell) for fmt in spec.formats):
             return [CpuConfig(4 if self.isa.registers > 16 else 2, 1), CpuConfig(1, 1)]

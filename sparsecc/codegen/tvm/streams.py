@@ -255,7 +255,8 @@ def _write_gathered(term: Term, parents: list[str], sums: Sums) -> None:
         weight = w.let("weight", widen(_masked(term, "val", first, mask), str(fmt.codec), 16))
         for m in range(term.tokens):
             x = f"T.address_of({term.x(m, '0')})"
-            found = f'T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.mask.gather.dps.512", {ZERO}, {x}, {idx}, {mask or ALL}, T.int32(4))'
+            gather = '"llvm.x86.avx512.mask.gather.dps.512"'
+            found = f'T.call_llvm_pure_intrin("float32x16", {gather}, {ZERO}, {x}, {idx}, {mask or ALL}, T.int32(4))'
             sums.add(s, m, 0, weight, found)
 
     common = _least(w, counts, 16)
