@@ -59,7 +59,9 @@ class LinearKernel:
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
         N, K = self.shape
         tokens = x.numel() // K if K else math.prod(x.shape[:-1])
-        if tokens and K and self._few.serves(tokens) and x.dtype in DTYPES:
+        # Several tokens that lie token-minor stay so.
+        by_rows = tokens == 1 or (x.stride(-1) == 1 and self.spec.layout == "row")
+        if tokens and K and by_rows and self._few.serves(tokens) and x.dtype in DTYPES:
             y = self._few(x, params, bias, residual)
             return y if self.spec.layout == "row" else token_output(N, x.shape[:-1]).copy_(y)
         dtype, lead = x.dtype, x.shape[:-1]

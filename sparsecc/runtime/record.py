@@ -171,7 +171,8 @@ class Replay:
 
     def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
         """The outputs: new tensors, or those given, which must have the recorded sizes and strides."""
-        made = list(into) or [torch.empty(count, dtype=dtype).as_strided(*view) for count, dtype, *view in self.shapes]
+        shapes = self.shapes
+        made = list(into) or [torch.empty(count, dtype=dtype).as_strided(size, steps) for count, dtype, size, steps in shapes]
         for tensor, slots in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
             address = tensor.data_ptr()
             for renew, distance in slots:

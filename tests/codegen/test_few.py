@@ -113,7 +113,7 @@ def _at_the_end(array: Tensor) -> tuple[Tensor, mmap.mmap]:
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(page), 0) == 0
     copy = torch.frombuffer(memory, dtype=array.dtype, count=array.numel(), offset=room - array.nbytes)
-    return copy.copy_(array), memory
+    return copy.view(array.shape).copy_(array), memory
 
 
 def test_streams_and_scalar_nonzeros() -> None:
