@@ -16,7 +16,7 @@ class KernelSpec:
 
     M, N and K are run-time arguments, so layers of other sizes share the code. `layout` is y's: "row" (features consecutive)
     or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders), "few" (M = 2..16) or "one"
-    (M = 1: decode). `dtype` is that of x, y and the residual: f32, or bf16 and f16 where a token's regime reads those as they are.
+    (M = 1: decode). `dtype` is that of x, y, bias and residual: f32, or bf16 and f16 where a token's regime reads those as they are.
     `ragged`: N isn't a multiple of every block's rows. `wide`: coordinates need 32-bit indices.
     """
 

@@ -57,7 +57,6 @@ class FewTokens:
         self._pitch = max(fmt.block_rows(N) * fmt.block[0] for fmt in spec.formats) // 64 * 64 + 128
         self._sizes = tuple(size for fmt in spec.formats for size in (fmt.grid(N, K)[1], panels(fmt, N, fmt.grid(N, K)[0])))
         self._head = struct.Struct("8q" if spec.residual else "6q")
-        self._zeros = torch.zeros(N)
         self._bound: dict[tuple[Any, ...], Bound] = {}
         self._lock = threading.Lock()
 
@@ -71,12 +70,19 @@ class FewTokens:
         spec = replace(self.spec, regime="one" if tile == 1 else "few", dtype=dtype, layout="row", ragged=False)
         return self.backend.source(spec, replace(self.config, vectors=tile))
 
+    def bound(self, x: Tensor, params: list[Tensor], bias: Tensor | None) -> Bound | None:
+        """The call, if it was bound before; x is contiguous."""
+        return self._bound.get(_key(x, params, bias))
+
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        """`serves` the number of tokens, which is not 0."""
+        """`serves` the number of tokens, which is not 0. The bias is of x's dtype."""
         x = x if x.is_contiguous() else x.contiguous()
-        bias_at = 0 if bias is None else bias.data_ptr()
-        key = (params[0].data_ptr(), params[-1].data_ptr(), bias_at, x.numel(), x.dtype, torch.get_num_threads())
-        bound = self._bound.get(key) or self._bind(key, x, params, bias)
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
+        return self.run(self.bound(x, params, bias) or self._bind(x, params, bias), x, residual)
+
+    def run(self, bound: Bound, x: Tensor, residual: Tensor | None) -> Tensor:
+        """One call, on a contiguous x."""
         shape = (*x.shape[:-1], self.shape[0])
         if residual is not None:
             residual = residual if residual.dtype == x.dtype and residual.is_contiguous() else residual.to(x.dtype).contiguous()
@@ -94,25 +100,30 @@ class FewTokens:
         bound.fast(head + bound.tail)
         return y
 
-    def _bind(self, key: tuple[Any, ...], x: Tensor, params: list[Tensor], bias: Tensor | None) -> Bound:
+    def _bind(self, x: Tensor, params: list[Tensor], bias: Tensor | None) -> Bound:
         N, K = self.shape
         tokens, threads = x.numel() // K, torch.get_num_threads()
         code = self.backend.load(self.source(tokens, DTYPES[x.dtype]))
-        wide = self._zeros if bias is None else bias.float().contiguous()
+        first = torch.zeros(N, dtype=x.dtype) if bias is None else bias
         parts = 1 if tokens <= TILES[-1] else max(1, -(-sum(p.nbytes for p in params) // (threads * TASK_BYTES)))
         args = (
-            *(c_void_p(tensor.data_ptr()) for tensor in (wide, *params)),
+            *(c_void_p(tensor.data_ptr()) for tensor in (first, *params)),
             tokens, N, K, self._reach, self._pitch, K, N, N, threads * parts, *self._sizes,
         )  # fmt: skip
         count = self._head.size // 16 + len(args)
         fast, tail = code.bind(count, args) if isinstance(code, Native) else (None, b"")
         floats = (1 if tokens == 1 else GROUP) * (self._pitch + 2 * self._reach)
-        bound = Bound(code, fast, tail, args, floats, (wide, bias, *params))
+        bound = Bound(code, fast, tail, args, floats, (first, *params))
         with self._lock:
             while len(self._bound) >= BOUND:
                 self._bound.pop(next(iter(self._bound)))
-            self._bound[key] = bound
+            self._bound[_key(x, params, bias)] = bound
         return bound
+
+
+def _key(x: Tensor, params: list[Tensor], bias: Tensor | None) -> tuple[Any, ...]:
+    bias_at = 0 if bias is None else (bias.data_ptr(), bias.stride(0))
+    return params[0].data_ptr(), params[-1].data_ptr(), bias_at, x.numel(), x.dtype, torch.get_num_threads()
 
 
 def _work(floats: int) -> int:

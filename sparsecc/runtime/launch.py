@@ -57,11 +57,16 @@ class LinearKernel:
         return self._few.source(tokens) if self._few.serves(tokens) else self.backend.source(self.spec, self.config)
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if self.spec.layout == "row" and x.is_contiguous():
+            bound = self._few.bound(x, params, bias)
+            if bound is not None:
+                return self._few.run(bound, x, residual)
         N, K = self.shape
         tokens = x.numel() // K if K else math.prod(x.shape[:-1])
         # Several tokens that lie token-minor stay so.
         by_rows = tokens == 1 or (x.stride(-1) == 1 and self.spec.layout == "row")
-        if tokens and K and by_rows and self._few.serves(tokens) and x.dtype in DTYPES:
+        known = x.dtype in DTYPES and (bias is None or bias.dtype == x.dtype)
+        if tokens and K and by_rows and known and self._few.serves(tokens):
             y = self._few(x, params, bias, residual)
             return y if self.spec.layout == "row" else token_output(N, x.shape[:-1]).copy_(y)
         dtype, lead = x.dtype, x.shape[:-1]

@@ -9,7 +9,7 @@ one core that reads one place has too few cache lines under way.
             for tile of tokens:
                 out = bias;  out += every term;  y = epilogue(out) + residual
 
-x, y and the residual are of `spec.dtype`, rows of features; sums are float32.
+x, y, the bias and the residual are of `spec.dtype`, rows of features; sums are float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def spmv_source(spec: KernelSpec, tokens: int, streams: int, gather: bool, isa: 
     """The kernel's text for `tokens` at a time. `streams`: rows read at once; `gather`: whether nonzeros are taken a vector at a time."""
     w = Writer()
     dtype = STORED[spec.dtype]
-    params = {"x": dtype, "y": dtype} | ({"res": dtype} if spec.residual else {}) | {"work": "float32", "bias": "float32"}
+    params = {"x": dtype, "y": dtype} | ({"res": dtype} if spec.residual else {}) | {"work": "float32", "bias": dtype}
     for t, fmt in enumerate(spec.formats):
         params |= pointers(fmt, spec.wide, t)
     sizes = tuple(f"{name}{t}" for t in range(len(spec.formats)) for name in "CP")
@@ -58,7 +58,7 @@ def spmv_source(spec: KernelSpec, tokens: int, streams: int, gather: bool, isa: 
                         w.opaque(f"{name}_at", f"{name} + tile * {tokens} * reach")
                     w.opaque("ot", f"tile * {tokens} * pitch")
                     with w.block(f"for m in range({tokens}):"):
-                        _write_rows(w, isa.lanes, lambda at, n: w(f"{vec('work', f'ot + m * pitch + {at}', n)} = {vec('bias', at, n)}"))
+                        _write_rows(w, isa.lanes, lambda at, n: _write_bias(w, spec, at, n))
                     for term in terms:
                         write_term(term)
                     with w.block(f"for m in range(T.min(T.int64({tokens}), tokens - tile * {tokens})):"):
@@ -127,6 +127,10 @@ def _write_rows(w: Writer, lanes: int, write) -> None:
         with w.block(f"for v in range((last - first) % {lanes}):"):
             w(f"at: T.let = first + (last - first) // {lanes} * {lanes} + v")
             write("at", 1)
+
+
+def _write_bias(w: Writer, spec: KernelSpec, at: str, lanes: int) -> None:
+    w(f"{vec('work', f'ot + m * pitch + {at}', lanes)} = {load('bias', spec.dtype, at, lanes)}")
 
 
 def _write_y(w: Writer, spec: KernelSpec, at: str, lanes: int) -> None:
