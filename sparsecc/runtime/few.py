@@ -43,6 +43,7 @@ class Bound:
     tail: bytes
     args: tuple[Any, ...]
     floats: int
+    tokens: int
     keep: tuple[Any, ...]
 
 
@@ -57,6 +58,7 @@ class FewTokens:
         self._pitch = max(fmt.block_rows(N) * fmt.block[0] for fmt in spec.formats) // 64 * 64 + 128
         self._sizes = tuple(size for fmt in spec.formats for size in (fmt.grid(N, K)[1], panels(fmt, N, fmt.grid(N, K)[0])))
         self._head = struct.Struct("8q" if spec.residual else "6q")
+        self._single = {dims: (*(1,) * (dims - 1), N) for dims in range(1, 5)}  # a shape is slow to make
         self._bound: dict[tuple[Any, ...], Bound] = {}
         self._lock = threading.Lock()
 
@@ -83,7 +85,8 @@ class FewTokens:
 
     def run(self, bound: Bound, x: Tensor, residual: Tensor | None) -> Tensor:
         """One call, on a contiguous x."""
-        shape = (*x.shape[:-1], self.shape[0])
+        shape = self._single.get(x.dim()) if bound.tokens == 1 else None
+        shape = shape or (*x.shape[:-1], self.shape[0])
         if residual is not None:
             residual = residual if residual.dtype == x.dtype and residual.is_contiguous() else residual.to(x.dtype).contiguous()
         if bound.fast is None or recording():
@@ -113,7 +116,7 @@ class FewTokens:
         count = self._head.size // 16 + len(args)
         fast, tail = code.bind(count, args) if isinstance(code, Native) else (None, b"")
         floats = (1 if tokens == 1 else GROUP) * (self._pitch + 2 * self._reach)
-        bound = Bound(code, fast, tail, args, floats, (first, *params))
+        bound = Bound(code, fast, tail, args, floats, tokens, (first, *params))
         with self._lock:
             while len(self._bound) >= BOUND:
                 self._bound.pop(next(iter(self._bound)))

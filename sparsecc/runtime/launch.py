@@ -68,7 +68,10 @@ class LinearKernel:
         known = x.dtype in DTYPES and (bias is None or bias.dtype == x.dtype)
         if tokens and K and by_rows and known and self._few.serves(tokens):
             y = self._few(x, params, bias, residual)
-            return y if self.spec.layout == "row" else token_output(N, x.shape[:-1]).copy_(y)
+            if self.spec.layout == "row":
+                return y
+            made = token_output(N, x.shape[:-1])
+            return (made if x.dtype == torch.float32 else torch.empty_strided(made.shape, made.stride(), dtype=x.dtype)).copy_(y)
         dtype, lead = x.dtype, x.shape[:-1]
         if dtype != torch.float32:
             wide = self(x.float(), params, None if bias is None else bias.float(), None if residual is None else residual.float())
