@@ -60,6 +60,7 @@ class FewTokens:
         self._head = struct.Struct("8q" if spec.residual else "6q")
         self._single = {dims: (*(1,) * (dims - 1), N) for dims in range(1, 5)}  # a shape is slow to make
         self._bound: dict[tuple[Any, ...], Bound] = {}
+        self._code: dict[tuple[int, str], Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
     def serves(self, tokens: int) -> bool:
@@ -71,6 +72,13 @@ class FewTokens:
         tile = next((t for t in TILES if t >= tokens), TILES[-1])
         spec = replace(self.spec, regime="one" if tile == 1 else "few", dtype=dtype, layout="row", ragged=False)
         return self.backend.source(spec, replace(self.config, vectors=tile))
+
+    def load(self, tokens: int, dtype: str) -> Callable[..., Any]:
+        """The kernel, compiled when it is first asked for."""
+        key = next((t for t in TILES if t >= tokens), TILES[-1]), dtype
+        if key not in self._code:
+            self._code[key] = self.backend.load(self.source(tokens, dtype))
+        return self._code[key]
 
     def bound(self, x: Tensor, params: list[Tensor], bias: Tensor | None) -> Bound | None:
         """The call, if it was bound before; x is contiguous."""
@@ -106,7 +114,7 @@ class FewTokens:
     def _bind(self, x: Tensor, params: list[Tensor], bias: Tensor | None) -> Bound:
         N, K = self.shape
         tokens, threads = x.numel() // K, torch.get_num_threads()
-        code = self.backend.load(self.source(tokens, DTYPES[x.dtype]))
+        code = self.load(tokens, DTYPES[x.dtype])
         first = torch.zeros(N, dtype=x.dtype) if bias is None else bias
         parts = 1 if tokens <= TILES[-1] else max(1, -(-sum(p.nbytes for p in params) // (threads * TASK_BYTES)))
         args = (

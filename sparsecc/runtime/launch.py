@@ -47,7 +47,7 @@ class LinearKernel:
     def prepare(self, tokens: int, dtype: torch.dtype = torch.float32) -> LinearKernel:
         """Compile what a call with this many tokens needs."""
         if self._few.serves(tokens):
-            self.backend.load(self._few.source(tokens, DTYPES[dtype]))
+            self._few.load(tokens, DTYPES[dtype])
         else:
             self._many()
         return self
