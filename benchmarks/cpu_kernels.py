@@ -29,7 +29,7 @@ from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.spmv import GROUP
-from sparsecc.codegen.tvm.streams import serves_few
+from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, parse_format
 from sparsecc.formats.level import NM
 from sparsecc.ir.ops import empty_output

@@ -19,7 +19,7 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.native import Native
 from sparsecc.codegen.tvm.spmv import GROUP, TILES
-from sparsecc.codegen.tvm.streams import serves_few
+from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, Panels
 from sparsecc.runtime.record import call, empty, output, recording
 

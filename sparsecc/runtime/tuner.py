@@ -20,7 +20,7 @@ from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.codegen.tvm.spmv import GROUP
-from sparsecc.codegen.tvm.streams import serves_few
+from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Dense, Format
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import ACTIVATIONS, empty_output

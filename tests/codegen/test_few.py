@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
-from sparsecc.codegen.tvm.streams import serves_few
+from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, parse_format
 from sparsecc.formats.level import NM
 from sparsecc.formats.pattern import NM as NMPattern

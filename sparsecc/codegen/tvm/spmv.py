@@ -20,7 +20,8 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.entries import STORED, load, pointers, store, value_bytes
 from sparsecc.codegen.tvm.host import Isa
-from sparsecc.codegen.tvm.streams import Term, term_x, write_term
+from sparsecc.codegen.tvm.streams import write_term
+from sparsecc.codegen.tvm.terms import Term, term_x
 from sparsecc.codegen.tvm.writer import Writer, vec
 from sparsecc.formats import Bitmap, Compressed, Panels
 
