@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.limits import FmaLimit, Limit, ReadLimit
+from benchmarks.limits import FmaLimit, Limit, ReadLimit, clock_of
 from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
@@ -70,10 +70,12 @@ def record(call: Callable[[], Tensor]) -> Callable[[], Any]:
     return lambda keep=(recorder.pool, result): code(*args)
 
 
-def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int) -> dict[str, dict[str, float]]:
+def paired(
+    fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
     """Time `fns` in turn, each sample between two of the limit. Per function: seconds (median), fraction (median) of the limit's
     rate at which it does `work`, top (the upper quartile of that, the rounds that nobody disturbed)."""
-    once = {name: _seconds(f) for name, f in fns.items()}
+    once = {name: _seconds(f, clock) for name, f in fns.items()}
     repeats = {name: max(1, min(1000, math.ceil(SAMPLE / each))) for name, each in once.items()}
     span = min(LONGEST, max(SAMPLE, max(once.values()) / 2))
     took: dict[str, list[float]] = {name: [] for name in fns}
@@ -83,10 +85,10 @@ def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds
     before = limit.rate(span)
     while len(took[next(iter(fns))]) < rounds or time.perf_counter() < end:
         for name, f in fns.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 f()
-            took[name].append((time.perf_counter() - start) / repeats[name])
+            took[name].append(max(1e-9, clock() - start) / repeats[name])
             after = limit.rate(span)
             fractions[name].append(work / took[name][-1] / ((before + after) / 2))
             before = after
@@ -94,12 +96,12 @@ def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds
     return {name: {"seconds": median(took[name]), "fraction": median(fractions[name]), "top": top[name]} for name in fns}
 
 
-def _seconds(f: Callable[[], Any]) -> float:
+def _seconds(f: Callable[[], Any], clock: Callable[[], float]) -> float:
     """Of one call; another before it warms up."""
     f()
-    start = time.perf_counter()
+    start = clock()
     f()
-    return max(1e-7, time.perf_counter() - start)
+    return max(1e-7, clock() - start)
 
 
 def weight_of(fmt: Format, sparsity: float, N: int, K: int) -> Tensor:
@@ -148,10 +150,11 @@ def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: 
         sets += [[a.clone() for a in arrays] for _ in range(min(COPIES, -(-FOOTPRINT // nbytes)) - 1)]
         limit = max((ReadLimit(job.threads, nbytes, len(sets), streams) for streams in STREAMS), key=lambda read: read.rate(0.05))
     work = nbytes if cold else 2 * int(weight.count_nonzero()) * tokens
+    clock = clock_of(job.threads)
     contest: list[tuple[float, CpuConfig]] = []
     for config in backend.space(spec):
         fns = functions(LinearKernel(backend, spec, config, (N, K)).prepare(tokens), x, sets, weight)
-        contest.append((paired({"step": fns["step"]}, work, limit, job.seconds / 6, 3)["step"]["fraction"], config))
+        contest.append((paired({"step": fns["step"]}, work, limit, job.seconds / 6, 3, clock)["step"]["fraction"], config))
     best = max(contest, key=lambda entry: entry[0])[1]
     fns = functions(LinearKernel(backend, spec, best, (N, K)).prepare(tokens), x, sets, weight)
     if not cold:
@@ -160,7 +163,7 @@ def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: 
     result: dict[str, Any] = {"config": to_text(best), "bytes": nbytes, "limit": limit.rate(50 * SAMPLE), "copies": len(sets)}
     if isinstance(limit, ReadLimit):
         result["streams"] = limit.streams
-    return result | paired(fns, work, limit, job.seconds, job.rounds)
+    return result | paired(fns, work, limit, job.seconds, job.rounds, clock)
 
 
 def functions(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight: Tensor) -> dict[str, Callable[[], Any]]:
