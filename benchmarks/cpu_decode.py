@@ -1,17 +1,37 @@
-"""A causal language model with its KV cache, as the benchmarks call it: one token on a full prompt, and greedy text."""
+"""A causal language model with its KV cache, as the benchmarks call it: one token on a full prompt, and greedy text.
+
+    python -m benchmarks.cpu_decode [--models smollm2,llama] [--patterns "unstructured(0.5),nm(2, 4)"] [--dtypes fp32,bf16] [--threads 2]
+
+times that token: sparsecc, and torch on the same masked weights in the same dtype, eager and compiled, in turns. Every linear layer is
+sparse, the one that gives the logits too, be it tied to the embedding. A model's weights are larger than the caches, so nothing is
+in them when its turn comes.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+import sparsecc
+from benchmarks.cpu import COMMA, ROOT, stamp
 from examples import models
+from sparsecc.autotune.measure import interleaved
 
 PROMPT = 64
 NEW = 64
+LLAMA_PROMPT = 128
+ROUNDS = 9
+TUNE = 600.0
+"""Seconds that tuning may take: no layer is to stay dense for want of time."""
 CALIBRATION = (8, 128)
 """Rows and tokens of text that Wanda's statistics are taken on."""
 
@@ -19,10 +39,15 @@ CALIBRATION = (8, 128)
 class Decoder:
     """A prompt of PROMPT tokens of real text. `bind` gives one decode step, `check` compares NEW greedy tokens."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokens = model, f"1 after {PROMPT}"
+    def __init__(self, model: Any, tokenizer: Any, prompt: int = PROMPT) -> None:
+        """Without a tokenizer the prompt is random: enough to time a step."""
+        self.model, self.tokens = model, f"1 after {prompt}"
+        if tokenizer is None:
+            vocabulary, random = model.config.vocab_size, torch.Generator().manual_seed(0)
+            self._prompt = torch.randint(0, vocabulary, (1, prompt), generator=random)
+            return
         text = tokenizer(" ".join(models.sentences(400)), return_tensors="pt")["input_ids"]
-        self._prompt, self._text = text[:, :PROMPT], text[:, PROMPT:]
+        self._prompt, self._text = text[:, :prompt], text[:, prompt:]
 
     def calibration(self) -> list[dict[str, Any]]:
         """Text that is not in the prompt."""
@@ -61,3 +86,57 @@ class Decoder:
             ids = call(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             found.append(int(ids))
         return found
+
+
+def measure(model: str, pattern: str, dtype: str, threads: int, seconds: float) -> dict[str, Any]:
+    """One row: milliseconds a token, `speedup` over each contestant (medians of ratios between neighbours in time), largest error as a
+    fraction of the largest logit, how many linear layers run sparse."""
+    torch.set_num_threads(threads)
+    torch._dynamo.config.recompile_limit = 64
+    dense = models.smollm2() if model == "smollm2" else models.llama_stack()
+    case = Decoder(dense, None, PROMPT if model == "smollm2" else LLAMA_PROMPT)
+    spec = {"*": pattern, "lm_head": pattern}
+    sparsecc.prune(dense, spec, exclude=())
+    if dtype == "bf16":
+        case.model = dense = dense.bfloat16()
+    ours = case.bind(sparsecc.compile(dense, sparsity=spec, tune_seconds=TUNE), dense)
+    steps = {"sparsecc": ours, "eager": case.bind(dense, dense), "compile": case.bind(torch.compile(dense), dense)}
+    outputs = {name: (step(), step())[1].float() for name, step in steps.items()}
+    wanted = outputs["eager"]
+    times = interleaved(steps, seconds * len(steps), ROUNDS)
+    speedup = {name: t.ratio for name, t in times.items() if name != "sparsecc"}
+    return {
+        "model": model, "pattern": pattern, "dtype": dtype, "threads": threads, "tokens": case.tokens,
+        "ms": {name: 1e3 * t.median for name, t in times.items()}, "best_ms": {name: 1e3 * t.best for name, t in times.items()},
+        "speedup": speedup, "vs_best": min(speedup.values()),
+        "error": float((outputs["sparsecc"] - wanted).abs().max() / wanted.abs().max()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """A process for every row, since thread pools keep their size."""
+    listed = lambda text: [part for part in COMMA.split(text) if part]  # noqa: E731
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", type=listed, default=["smollm2", "llama"])
+    parser.add_argument("--patterns", type=listed, default=["unstructured(0.5)", "unstructured(0.75)", "nm(2, 4)"])
+    parser.add_argument("--dtypes", type=listed, default=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per contestant")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "cpu-decode.json")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        with torch.no_grad():
+            print(json.dumps(measure(*json.loads(args.row))))
+        return
+    result = {**stamp(False), "decode": []}
+    for job in [(m, p, d, args.threads, args.seconds) for m in args.models for p in args.patterns for d in args.dtypes]:
+        done = subprocess.run([sys.executable, "-m", "benchmarks.cpu_decode", "--row", json.dumps(job)], stdout=subprocess.PIPE, text=True)
+        lines = done.stdout.splitlines()
+        result["decode"].append(json.loads(lines[-1]) if not done.returncode and lines else {"job": job, "failed": done.returncode})
+        print(json.dumps(result["decode"][-1]), flush=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

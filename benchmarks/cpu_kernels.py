@@ -3,8 +3,8 @@
     python -m benchmarks.cpu_kernels '{"threads": 1, "shapes": ["768x768"], "tokens": [64], "sparsities": [0.9]}' OUT.jsonl
 
 A shared machine slows by half for seconds, so every sample of a kernel stands between two samples of a limit and only their ratio
-counts. The limit is fp32 multiply-adds on registers (`peaks`: "register") for many tokens, and for one token reads of as many bytes
-as the packed weight has, from memory of the same footprint.
+counts. The limit is fp32 multiply-adds on registers (`peaks`: "register") for many tokens, and for one token, or a few, reads of as many
+bytes as the packed weight has, from memory of the same footprint, larger than the last cache, in the fastest of several ways.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.limits import FmaLimit, Limit, ReadLimit
+from benchmarks.limits import FmaLimit, Limit, ReadLimit, clock_of
 from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.codegen.tvm.spmv import GROUP
+from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, parse_format
 from sparsecc.formats.level import NM
 from sparsecc.ir.ops import empty_output
@@ -39,9 +41,11 @@ SAMPLE = 400e-6
 """Seconds of a sample: long against a call from Python, short against a neighbour's burst."""
 LONGEST = 0.1
 """Seconds of a sample of the limit at most: half as long as a long kernel, or a scheduler's slice hits the one and spares the other."""
-FOOTPRINT = 256 << 20
-"""Bytes of copies that one-token calls take in turn, as a model's layers do; fewer where that needs more than COPIES of them."""
-COPIES = 64
+FOOTPRINT = 320 << 20
+"""Bytes of copies that calls with one token or a few take in turn, as a model's layers do; fewer where that needs more than COPIES."""
+COPIES = 256
+STREAMS = (1, 4, 8)
+"""Places that a thread of the read limit may follow at once."""
 TOLERANCE = 2e-5
 
 
@@ -66,10 +70,12 @@ def record(call: Callable[[], Tensor]) -> Callable[[], Any]:
     return lambda keep=(recorder.pool, result): code(*args)
 
 
-def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int) -> dict[str, dict[str, float]]:
+def paired(
+    fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
     """Time `fns` in turn, each sample between two of the limit. Per function: seconds (median), fraction (median) of the limit's
     rate at which it does `work`, top (the upper quartile of that, the rounds that nobody disturbed)."""
-    once = {name: _seconds(f) for name, f in fns.items()}
+    once = {name: _seconds(f, clock) for name, f in fns.items()}
     repeats = {name: max(1, min(1000, math.ceil(SAMPLE / each))) for name, each in once.items()}
     span = min(LONGEST, max(SAMPLE, max(once.values()) / 2))
     took: dict[str, list[float]] = {name: [] for name in fns}
@@ -79,10 +85,10 @@ def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds
     before = limit.rate(span)
     while len(took[next(iter(fns))]) < rounds or time.perf_counter() < end:
         for name, f in fns.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 f()
-            took[name].append((time.perf_counter() - start) / repeats[name])
+            took[name].append(max(1e-9, clock() - start) / repeats[name])
             after = limit.rate(span)
             fractions[name].append(work / took[name][-1] / ((before + after) / 2))
             before = after
@@ -90,12 +96,12 @@ def paired(fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds
     return {name: {"seconds": median(took[name]), "fraction": median(fractions[name]), "top": top[name]} for name in fns}
 
 
-def _seconds(f: Callable[[], Any]) -> float:
+def _seconds(f: Callable[[], Any], clock: Callable[[], float]) -> float:
     """Of one call; another before it warms up."""
     f()
-    start = time.perf_counter()
+    start = clock()
     f()
-    return max(1e-7, time.perf_counter() - start)
+    return max(1e-7, clock() - start)
 
 
 def weight_of(fmt: Format, sparsity: float, N: int, K: int) -> Tensor:
@@ -108,7 +114,7 @@ def weight_of(fmt: Format, sparsity: float, N: int, K: int) -> Tensor:
     else:
         kept = torch.rand(-(-N // br), -(-K // bc), generator=random) >= sparsity
         kept = kept.repeat_interleave(br, 0)[:N].repeat_interleave(bc, 1)[:, :K]
-    return torch.randn(N, K, generator=random).mul_(kept)
+    return torch.randn(N, K, generator=random).to(fmt.codec.dtypes()["val"]).float().mul_(kept)
 
 
 def rows(job: Job, backend: TvmBackend) -> Iterator[dict[str, Any]]:
@@ -131,28 +137,33 @@ def rows(job: Job, backend: TvmBackend) -> Iterator[dict[str, Any]]:
 
 def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: list[Tensor], tokens: int, fma: FmaLimit) -> dict[str, Any]:
     """The best configuration of the backend's space, checked: "step" (the kernel on packed tiles), "call" (row-major in and out),
-    "inplace" (token-minor in and out, as between a model's layers; not for one token)."""
+    "inplace" (token-minor in and out, as between a model's layers; not for a few tokens)."""
     N, K = weight.shape
     ragged, wide = N % (fmt.block[0] * fmt.level.window) > 0, fmt.grid(N, K)[1] > 65536
-    spec = KernelSpec((fmt,), regime="one" if tokens == 1 else "many", ragged=ragged, wide=wide)
+    few = tokens == 1 or (tokens <= GROUP and serves_few(fmt, backend.isa))
+    spec = KernelSpec((fmt,), regime="many" if not few else "one" if tokens == 1 else "few", ragged=ragged, wide=wide)
     x, nbytes = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)), sum(a.nbytes for a in arrays)
     sets = [arrays]
     limit: Limit = fma
-    if tokens == 1:
-        sets += [[a.clone() for a in arrays] for _ in range(min(COPIES, FOOTPRINT // nbytes) - 1)]
-        limit = ReadLimit(job.threads, nbytes, len(sets))
-    work = nbytes if tokens == 1 else 2 * int(weight.count_nonzero()) * tokens
+    cold = tokens <= GROUP
+    if cold:
+        sets += [[a.clone() for a in arrays] for _ in range(min(COPIES, -(-FOOTPRINT // nbytes)) - 1)]
+        limit = max((ReadLimit(job.threads, nbytes, len(sets), streams) for streams in STREAMS), key=lambda read: read.rate(0.05))
+    work = nbytes if cold else 2 * int(weight.count_nonzero()) * tokens
+    clock = clock_of(job.threads)
     contest: list[tuple[float, CpuConfig]] = []
     for config in backend.space(spec):
         fns = functions(LinearKernel(backend, spec, config, (N, K)).prepare(tokens), x, sets, weight)
-        contest.append((paired({"step": fns["step"]}, work, limit, job.seconds / 6, 3)["step"]["fraction"], config))
+        contest.append((paired({"step": fns["step"]}, work, limit, job.seconds / 6, 3, clock)["step"]["fraction"], config))
     best = max(contest, key=lambda entry: entry[0])[1]
     fns = functions(LinearKernel(backend, spec, best, (N, K)).prepare(tokens), x, sets, weight)
-    if tokens > 1:
+    if not cold:
         across = LinearKernel(backend, KernelSpec(**{**vars(spec), "layout": "token"}), best, (N, K)).prepare(tokens)
         fns["inplace"] = functions(across, empty_output(x, K, "token").copy_(x), sets, weight)["call"]
     result: dict[str, Any] = {"config": to_text(best), "bytes": nbytes, "limit": limit.rate(50 * SAMPLE), "copies": len(sets)}
-    return result | paired(fns, work, limit, job.seconds, job.rounds)
+    if isinstance(limit, ReadLimit):
+        result["streams"] = limit.streams
+    return result | paired(fns, work, limit, job.seconds, job.rounds, clock)
 
 
 def functions(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight: Tensor) -> dict[str, Callable[[], Any]]:

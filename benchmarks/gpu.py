@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def model(where: Where) -> list[dict[str, Any]]:
         with torch.no_grad():
             error = float((compiled(x).float() - stack(x).float()).abs().max() / stack(x).float().abs().max())
             dense = stack if where.device == "cpu" else torch.compile(stack, mode="max-autotune-no-cudagraphs")
-            times = where.time({"dense": lambda: dense(x), "sparsecc": lambda: compiled(x)})
+            times = where.time({"dense": partial(dense, x), "sparsecc": partial(compiled, x)})
         rows.append({"pattern": pattern, "M": len(x), "us": times["sparsecc"], "dense_us": times["dense"], "error": error,
                      "explain": compiled.explain().to_dict()["totals"]})
     return rows

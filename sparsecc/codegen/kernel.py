@@ -17,9 +17,10 @@ class KernelSpec:
     """y[M, N] = epilogue(sum_t W_t x + bias) + residual, W_t [N, K] stored in `formats[t]`, float32 accumulation.
 
     M, N and K are run-time arguments, so layers of other sizes share the code. `layout` is y's: "row" (features consecutive)
-    or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders), "few" (up to 16 tokens, where a
-    target tells them apart) or "one" (M = 1: decode). `ragged`: N isn't a multiple of every block's rows; `tail`: K isn't of their
-    columns. `wide`: coordinates need 32-bit indices. `dtype`: of x, residual and y; "tf32" is float32 multiplied in TF32.
+    or "token" (tokens consecutive). `regime` is "many" (vectors along the tokens: prefill, encoders), "few" (M = 2..16) or "one"
+    (M = 1: decode). `dtype` is that of x, y, bias and residual: f32, or bf16 and f16 where kernels read those as they are; "tf32" is
+    float32 multiplied in TF32. `ragged`: N isn't a multiple of every block's rows; `tail`: K isn't of their columns. `wide`: coordinates
+    need 32-bit indices.
     """
 
     formats: tuple[Format, ...]

@@ -23,6 +23,12 @@ from sparsecc.passes.context import Choice, Context, Problem
 BITMAP_FROM = 0.25
 """Above this density one bit per entry costs less than an index per nonzero."""
 
+SMALLER_FROM = 1 / 16
+"""Above this density one bit per entry is no more than 16 bits per nonzero: what counts for a few tokens."""
+
+FEW = 16
+"""Tokens up to which the weight's bytes decide."""
+
 SLICED = Format(Sell(4, 64), swizzle=Panels(192))
 """Nonzeros for many tokens. Every multiply-add loads a vector of x: 192 columns of 64 tokens are what a first-level cache holds, and
 four rows at once keep enough of them under way."""
@@ -83,7 +89,7 @@ def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int
     if not natural or natural[0].block == (1, 1):
         natural += [SLICED] * (tokens > 1)
         natural += [Format(Compressed())] * (Format(Compressed()) not in natural)
-        if density >= BITMAP_FROM:
+        if density >= (SMALLER_FROM if tokens <= FEW else BITMAP_FROM):
             natural.append(Format(Bitmap()))
     raw = Raw(codec) if codec else Raw()
     if codec is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,12 @@ from sparsecc.codegen.config import to_text
 from sparsecc.formats import Format
 from sparsecc.ir.ops import ACTIVATIONS
 from sparsecc.passes.context import Problem, Tuner
+
+FEW = 16
+"""Up to so many tokens the time of a linear is that of reading its weight."""
+
+FOOTPRINT, COPIES = 128 << 20, 64
+"""Bytes of copies of a weight that is timed with a few tokens on a CPU, and how many copies at most."""
 
 
 class Call:
@@ -31,10 +38,10 @@ class Call:
 
     def dense(self) -> Callable[[], Tensor]:
         """torch's own code on the weight as it is."""
-        weight = self.problem.weight.contiguous()
+        turn = itertools.cycle(self._copies([self.problem.weight.contiguous()]))
 
         def run() -> Tensor:
-            y = self.act(F.linear(self.x, weight, self.bias))
+            y = self.act(F.linear(self.x, next(turn)[0], self.bias))
             return y if self.res is None else y + self.res
 
         return run
@@ -45,9 +52,17 @@ class Call:
         shape = (weight.shape[0], weight.shape[1])
         _, made = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, "row", shape, to_text(config), weight.dtype, tokens)
         kernel: Any = made
-        params = [array.to(weight.device) for array in fmt.pack(weight).values()]
-        kernel.prepare(self.problem.tokens)
-        return lambda: kernel(self.x, params, self.bias, self.res)
+        turn = itertools.cycle(self._copies([array.to(weight.device) for array in fmt.pack(weight).values()]))
+        kernel.prepare(tokens, weight.dtype)
+        return lambda: kernel(self.x, next(turn), self.bias, self.res)
+
+    def _copies(self, params: list[Tensor]) -> list[list[Tensor]]:
+        """The weight as often as it takes to find it out of the caches, as a token of a model does whose other layers ran meanwhile. With
+        many tokens it is read once for all of them, and a GPU's cache is flushed by the one who times."""
+        if self.problem.tokens > FEW or self.problem.weight.device.type != "cpu":
+            return [params]
+        count = min(COPIES, -(-FOOTPRINT // max(1, sum(p.nbytes for p in params))))
+        return [params, *([p.clone() for p in params] for _ in range(count - 1))]
 
     def reference(self) -> Tensor:
         """float64."""

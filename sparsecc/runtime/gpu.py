@@ -82,7 +82,7 @@ class GpuLinear:
         self._counters: dict[tuple[torch.device, int], Tensor] = {}
         self._lock = threading.Lock()
 
-    def prepare(self, tokens: int) -> GpuLinear:
+    def prepare(self, tokens: int, dtype: torch.dtype | None = None) -> GpuLinear:
         """Make what a call with this many tokens needs."""
         self._plan(regime_of(tokens))
         return self

@@ -6,17 +6,17 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsecc.codegen.kernel import KernelSpec
-from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, whole_chunk
+from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.formats import Dense, Format, Panels
 from sparsecc.formats.level import NM
-from sparsecc.runtime.record import call, empty, output
+from sparsecc.runtime.few import DTYPES, FewTokens, panels
+from sparsecc.runtime.record import call, output
 from sparsecc.runtime.tokens import rows, sequences, token_minor, token_output
 
 Pointers = tuple[c_void_p, ...]
@@ -25,8 +25,8 @@ Pointers = tuple[c_void_p, ...]
 class LinearKernel:
     """fn(x [..., K], params, bias [N], residual [..., N]) -> y [..., N] for one shape, spec and configuration.
 
-    Safe to call from several threads: all scratch belongs to the call. Code for the other regime (one token, many tokens) is made
-    when it is first needed. x may have any strides and alignment; bfloat16 and float16 activations are computed in float32.
+    Safe to call from several threads: all scratch belongs to the call. Code for another regime (one token, a few, many) is made when
+    it is first needed. x may have any strides and alignment; bfloat16 and float16 activations are computed in float32.
     """
 
     def __init__(self, backend: TvmBackend, spec: KernelSpec, config: CpuConfig, shape: tuple[int, int]) -> None:
@@ -35,32 +35,48 @@ class LinearKernel:
         group = math.lcm(*(fmt.block[1] * (fmt.level.m if isinstance(fmt.level, NM) else 1) for fmt in spec.formats))
         grids = [fmt.grid(N, K) for fmt in spec.formats]
         self._padded_k = -(-max(K, *(_reach(fmt, K) for fmt in spec.formats)) // group) * group
-        self._chunk = whole_chunk(spec, config)
         pairs = zip(spec.formats, grids, strict=True)
-        self._sizes = tuple(size for fmt, (parents, coords) in pairs for size in (coords, _panels(fmt, N, parents)))
+        self._sizes = tuple(size for fmt, (parents, coords) in pairs for size in (coords, panels(fmt, N, parents)))
+        self._few = FewTokens(backend, spec, config, shape)
         self._width = backend.isa.lanes * config.vectors
         self._zeros = torch.zeros(N)
         self._bound: dict[int, tuple[Sequence[Tensor], Pointers]] = {}
-        self._code: dict[str, Callable[..., Any]] = {}
+        self._code: Callable[..., Any] | None = None
         self._lock = threading.Lock()
 
-    def prepare(self, tokens: int) -> LinearKernel:
+    def prepare(self, tokens: int, dtype: torch.dtype = torch.float32) -> LinearKernel:
         """Compile what a call with this many tokens needs."""
-        self._one() if tokens == 1 else self._many()
+        if self._few.serves(tokens):
+            self._few.load(tokens, DTYPES[dtype])
+        else:
+            self._many()
         return self
 
     def source(self, tokens: int) -> str:
         """The text of the kernel that serves this many tokens."""
-        return self.backend.source(replace(self.spec, regime="one" if tokens == 1 else "many"), self._config(tokens))
+        return self._few.source(tokens) if self._few.serves(tokens) else self.backend.source(self.spec, self.config)
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        N = self.shape[0]
+        if self.spec.layout == "row" and x.is_contiguous():
+            bound = self._few.bound(x, params, bias)
+            if bound is not None:
+                return self._few.run(bound, x, residual)
+        N, K = self.shape
+        tokens = x.numel() // K if K else math.prod(x.shape[:-1])
+        # Several tokens that lie token-minor stay so.
+        by_rows = tokens == 1 or (x.stride(-1) == 1 and self.spec.layout == "row")
+        known = x.dtype in DTYPES and (bias is None or bias.dtype == x.dtype)
+        if tokens and K and by_rows and known and self._few.serves(tokens):
+            y = self._few(x, params, bias, residual)
+            if self.spec.layout == "row":
+                return y
+            made = token_output(N, x.shape[:-1])
+            return (made if x.dtype == torch.float32 else torch.empty_strided(made.shape, made.stride(), dtype=x.dtype)).copy_(y)
         dtype, lead = x.dtype, x.shape[:-1]
         if dtype != torch.float32:
             wide = self(x.float(), params, None if bias is None else bias.float(), None if residual is None else residual.float())
             # The planned strides, which have gaps between features: `to` would close them.
             return torch.empty_strided(wide.shape, wide.stride(), dtype=dtype).copy_(wide)
-        tokens = math.prod(lead)
         arrays = self._pointers(params)
         if bias is None:
             bias = self._zeros
@@ -68,23 +84,7 @@ class LinearKernel:
             bias = bias.float().contiguous()
         if tokens == 0:
             return token_output(N, lead) if self.spec.layout == "token" else x.new_empty((*lead, N))
-        return (self._token if tokens == 1 else self._tokens)(x, lead, arrays, bias, residual)
-
-    def _token(self, x: Tensor, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
-        N, K = self.shape
-        if self._padded_k > K:
-            x = torch.nn.functional.pad(x.reshape(1, K), (0, self._padded_k - K))
-        elif K > 1 and x.stride(-1) != 1:
-            x = x.contiguous()
-        pointers = [c_void_p(x.data_ptr()), None, c_void_p(bias.data_ptr())]
-        if res is not None:
-            res = res.contiguous()
-            pointers.append(c_void_p(res.data_ptr()))
-        token = self.spec.layout == "token"
-        y = empty(N) if token else output(*lead, N)
-        pointers[1] = c_void_p(y.data_ptr())
-        call(self._one(), *pointers, *arrays, N, self._chunk, *self._sizes)
-        return token_output(N, lead).copy_(y.view(*lead, N)) if token else y
+        return self._tokens(x, lead, arrays, bias, residual)
 
     def _tokens(self, x: Tensor, lead: Sequence[int], arrays: Pointers, bias: Tensor, res: Tensor | None) -> Tensor:
         N, token = self.shape[0], self.spec.layout == "token"
@@ -114,25 +114,11 @@ class LinearKernel:
             self._bound[key] = found
         return found[1]
 
-    def _config(self, tokens: int) -> CpuConfig:
-        return self.config if tokens > 1 else replace(self.config, vectors=1, unroll=max(self.config.unroll, 4))
-
-    def _one(self) -> Callable[..., Any]:
-        return self._code.get("one") or self._load("one", 1)
-
     def _many(self) -> Callable[..., Any]:
-        return self._code.get("many") or self._load("many", 2)
-
-    def _load(self, regime: str, tokens: int) -> Callable[..., Any]:
         with self._lock:
-            if regime not in self._code:
-                self._code[regime] = self.backend.load(self.source(tokens))
-            return self._code[regime]
-
-
-def _panels(fmt: Format, N: int, parents: int) -> int:
-    """Panels of columns: 1 unless the format is swizzled into them."""
-    return max(1, parents // fmt.block_rows(N)) if isinstance(fmt.swizzle, Panels) and N else 1
+            if self._code is None:
+                self._code = self.backend.load(self.backend.source(self.spec, self.config))
+            return self._code
 
 
 def _reach(fmt: Format, K: int) -> int:

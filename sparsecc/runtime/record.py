@@ -27,7 +27,7 @@ HARMLESS = {
     aten.empty.memory_format, aten.new_empty.default, aten.as_strided.default, aten.view.default, aten._unsafe_view.default,
     aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.transpose.int, aten.t.default, aten.permute.default,
     aten.select.int, aten.expand.default, aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default, aten.detach.default,
-    aten._reshape_alias.default,
+    aten._reshape_alias.default, aten.view.dtype,
 }  # fmt: skip
 """What torch may do while a chain is recorded: nothing that computes, since a replay would leave it out."""
 
@@ -106,21 +106,26 @@ def call(code: Callable[..., Any], *args: Any) -> None:
     code(*args)
 
 
-def empty(*shape: int) -> Tensor:
-    """Uninitialised float32 memory for values between kernels."""
+def recording() -> bool:
+    """Whether calls are being recorded."""
+    return getattr(_LOCAL, "recorder", None) is not None
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised memory for values between kernels."""
     recorder = getattr(_LOCAL, "recorder", None)
     if recorder is None:
-        return torch.empty(shape)
-    floats = math.prod(shape)
-    buffer = recorder.pool.empty(floats)
+        return torch.empty(shape, dtype=dtype)
+    count = math.prod(shape)
+    buffer = recorder.pool.empty(-(-count * dtype.itemsize // 4))
     recorder.spans.pop(buffer.data_ptr(), None)
-    return buffer[:floats].view(shape)
+    return (buffer if dtype == torch.float32 else buffer.view(dtype))[:count].view(shape)
 
 
-def output(*shape: int) -> Tensor:
+def output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same for what a kernel returns."""
     recorder = getattr(_LOCAL, "recorder", None)
-    return torch.empty(shape) if recorder is not None and recorder.result else empty(*shape)
+    return torch.empty(shape, dtype=dtype) if recorder is not None and recorder.result else empty(*shape, dtype=dtype)
 
 
 def spanned() -> bool:
@@ -148,8 +153,8 @@ class Replay:
     run: Callable[[], None]
     inputs: list[list[Slot]]
     outputs: list[list[Slot]]
-    shapes: list[tuple[int, tuple[int, ...], tuple[int, ...]]]
-    """Of each output: floats of its storage, size, strides."""
+    shapes: list[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
+    """Of each output: elements of its storage, dtype, size, strides."""
 
     @staticmethod
     def of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Replay | None:
@@ -161,12 +166,13 @@ class Replay:
             return None
         run, slots = _calls(recorder.calls)
         found = [_inside(slots, t) for t in (*inputs, *outputs)]
-        shapes = [(t.untyped_storage().nbytes() // 4, tuple(t.shape), t.stride()) for t in outputs]
+        shapes = [(t.untyped_storage().nbytes() // t.itemsize, t.dtype, tuple(t.shape), t.stride()) for t in outputs]
         return Replay(run, found[: len(inputs)], found[len(inputs) :], shapes)
 
     def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
         """The outputs: new tensors, or those given, which must have the recorded sizes and strides."""
-        made = list(into) or [torch.empty(floats).as_strided(size, strides) for floats, size, strides in self.shapes]
+        shapes = self.shapes
+        made = list(into) or [torch.empty(count, dtype=dtype).as_strided(size, steps) for count, dtype, size, steps in shapes]
         for tensor, slots in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
             address = tensor.data_ptr()
             for renew, distance in slots:

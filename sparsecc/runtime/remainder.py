@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
@@ -34,7 +35,10 @@ def _finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[An
     if remainder == "eager" or (remainder == "auto" and not has_compiler()):
         return _eager(program)
     try:
-        return _inductor(program)
+        try:
+            return _inductor(program)
+        except TensorifyScalarRestartAnalysis:  # Inductor has now noted which floats of a Dynamo graph it takes as constants
+            return _inductor(program)
     except Exception as error:
         if remainder == "inductor":
             raise

@@ -18,6 +18,8 @@ from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, con
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.codegen.tvm.spmv import GROUP
+from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Dense, Format, Pattern
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
@@ -120,8 +122,9 @@ class CpuTuner:
     def candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
         """By name, the most promising first within each format."""
         found: dict[str, tuple[Format, CpuConfig]] = {}
-        regime = "one" if problem.tokens == 1 else "many"
         for fmt in problem.formats:
+            few = problem.tokens == 1 or (problem.tokens <= GROUP and serves_few(fmt, self.backend.isa))
+            regime = "many" if not few else "one" if problem.tokens == 1 else "few"
             spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=regime)
             if self.backend.refuses(spec) is None:
                 for config in self.backend.space(spec):

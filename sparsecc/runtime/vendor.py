@@ -50,7 +50,7 @@ class VendorLinear:
         self._weights: dict[int, tuple[list[Tensor], Tensor]] = {}
         self._lock = threading.Lock()
 
-    def prepare(self, tokens: int) -> VendorLinear:
+    def prepare(self, tokens: int, dtype: torch.dtype | None = None) -> VendorLinear:
         """Nothing to compile."""
         return self
 

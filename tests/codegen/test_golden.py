@@ -23,9 +23,12 @@ FOLDER = Path(__file__).parents[1] / "golden"
 BACKEND = TvmBackend(Isa("golden", lanes=4, registers=8, mcpu="x86-64"))  # of no machine: equal everywhere
 
 
-def source(text: str, config: CpuConfig, **fields: object) -> str:
+WIDE = TvmBackend(Isa("golden wide", lanes=16, registers=24, mcpu="x86-64", features=("+avx512f", "+avx512vbmi2")))
+
+
+def source(text: str, config: CpuConfig, backend: TvmBackend = BACKEND, **fields: object) -> str:
     formats = tuple(parse_format(part) for part in text.split(" + "))
-    return BACKEND.source(KernelSpec(formats, **fields), config)  # type: ignore[arg-type]
+    return backend.source(KernelSpec(formats, **fields), config)  # type: ignore[arg-type]
 
 
 def triton(text: str, config: GpuConfig, **fields: object) -> str:
@@ -36,7 +39,8 @@ GOLDENS = {
     "spmm_bsr_4_1": source("bsr(4, 1)", CpuConfig(1, 1)),
     "spmm_nm_gelu_residual_token": source("nm(2, 4)", CpuConfig(1, 1), epilogue="gelu", residual=True, layout="token"),
     "spmm_two_terms_ragged": source("bsr(2, 1) + csr.bf16", CpuConfig(1, 1), ragged=True),
-    "spmv_csr_silu": source("csr", CpuConfig(1, 4), epilogue="silu", regime="one"),
+    "spmv_csr_silu": source("csr", CpuConfig(1, streams=2), epilogue="silu", regime="one"),
+    "spmv_bitmap_few_bf16": source("bitmap.bf16", CpuConfig(2, streams=2), backend=WIDE, residual=True, regime="few", dtype="bf16"),
     "spmv_bitmap_panels": source("bitmap.block(4, 1).panels(32)", CpuConfig(1, 4), regime="one"),
     "pack_rows": pack_rows_source(2),
     "triton_bsr_gelu_residual": triton("bsr(64, 64).bf16", GpuConfig(), epilogue="gelu", residual=True, dtype="bf16"),

@@ -20,7 +20,8 @@ def pruned(pattern: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 @pytest.mark.parametrize(("target", "matrix"), [("cuda:sm_90", "wgmma"), ("cuda:sm_80", "mma"), ("hip:gfx942", "v_mfma")])
 def test_explains_what_the_device_would_run(target: str, matrix: str) -> None:
     x = torch.randn(4096, 512, dtype=torch.bfloat16)
-    compiled = sparsecc.compile(pruned("block(64, 64, 0.9)"), target=target, sparsity="block(64, 64)", example_inputs=(x,), dynamic_shapes=None)
+    model = pruned("block(64, 64, 0.9)")
+    compiled = sparsecc.compile(model, target=target, sparsity="block(64, 64)", example_inputs=(x,), dynamic_shapes=None)
     text = " ".join(str(compiled.explain()).split())
     assert "predicted from the data sheet, not measured" in text
     assert "bsr(64, 64).bf16" in text and "registers, no spills" in text and matrix in text

@@ -50,6 +50,17 @@ def test_small_llama_decodes_the_same_tokens() -> None:
     torch.testing.assert_close(got.logits, model(ids).logits, rtol=0, atol=1e-4 * float(model(ids).logits.abs().max()))
 
 
+def test_a_sparse_head_tied_to_the_embedding() -> None:
+    model = llama_stack(64, 160, 2, heads=4, kv_heads=2, vocab=128)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    spec = {"*": "unstructured(0.5)", "lm_head": "unstructured(0.5)"}
+    sparsecc.prune(model, spec, exclude=())
+    compiled = sparsecc.compile(model, sparsity=spec, autotune="none", remainder="eager")
+    ids = torch.randint(0, 128, (1, 9))
+    assert torch.equal(greedy(compiled, model.config, ids, 8), greedy(model, model.config, ids, 8))
+    assert {region.name: region for region in compiled.explain(1).regions}["lm_head"].pattern == "unstructured(0.5)"
+
+
 def test_without_a_cache_it_is_exported() -> None:
     model = llama_stack(64, 160, 2, heads=4, kv_heads=2, vocab=128)
     sparsecc.prune(model, "unstructured(0.8)")

@@ -1,67 +1,149 @@
 @T.prim_func(s_tir=True)
-def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), bias_h: T.handle("float32"), ptr0_h: T.handle("int32"), idx0_h: T.handle("uint16"), val0_h: T.handle("float32"), N: T.int64, chunk: T.int64, C0: T.int64, P0: T.int64):
+def spmv(x_h: T.handle("float32"), y_h: T.handle("float32"), work_h: T.handle("float32"), bias_h: T.handle("float32"), ptr0_h: T.handle("int32"), idx0_h: T.handle("uint16"), val0_h: T.handle("float32"), M: T.int64, N: T.int64, K: T.int64, reach: T.int64, pitch: T.int64, x_stride: T.int64, y_stride: T.int64, res_stride: T.int64, tasks: T.int64, C0: T.int64, P0: T.int64):
     T.func_attr({"tirx.noalias": True, "global_symbol": "spmv"})
     x = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=x_h, align=4)
     y = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=y_h, align=4)
+    work = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=work_h, align=4)
     bias = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=bias_h, align=4)
     ptr0 = T.decl_buffer((T.int64(1) << T.int64(40),), "int32", data=ptr0_h, align=4)
     idx0 = T.decl_buffer((T.int64(1) << T.int64(40),), "uint16", data=idx0_h, align=2)
     val0 = T.decl_buffer((T.int64(1) << T.int64(40),), "float32", data=val0_h, align=4)
     T.attr(T.int32(0), "device_id", 0)
     T.attr(T.int32(0), "device_type", 1)
-    for task in T.parallel((N + chunk - 1) // chunk):
-        first_at = T.alloc_buffer((1,), "int64", scope="global")
-        first_at[0] = task * chunk
-        first: T.let = first_at[0]
-        last_at = T.alloc_buffer((1,), "int64", scope="global")
-        last_at[0] = T.min(N, first + chunk)
-        last: T.let = last_at[0]
-        for n in range(last - first):
-            y[first + n] = bias[first + n]
-        for i in range((last - first + 0) // 1):
-            parent0: T.let = first // 1 + i
-            row_1: T.let = first + i * 1
-            acc = T.alloc_buffer((4,), "float32", scope="global")
-            acc[0] = T.float32(0)
-            acc[1] = T.float32(0)
-            acc[2] = T.float32(0)
-            acc[3] = T.float32(0)
-            lo0: T.let = T.Cast("int64", ptr0[parent0])
-            count0: T.let = T.Cast("int64", ptr0[parent0 + T.int64(1)]) - lo0
-            for j in range(count0 // 4):
-                block_2: T.let = lo0 + j * 4 + 0
-                xb_3: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 0])) * 1
-                acc[0] = acc[0] + val0[block_2 * 1 + 0 * 1 + 0] * x[xb_3 + 0]
-                block_4: T.let = lo0 + j * 4 + 1
-                xb_5: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 1])) * 1
-                acc[1] = acc[1] + val0[block_4 * 1 + 0 * 1 + 0] * x[xb_5 + 0]
-                block_6: T.let = lo0 + j * 4 + 2
-                xb_7: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 2])) * 1
-                acc[2] = acc[2] + val0[block_6 * 1 + 0 * 1 + 0] * x[xb_7 + 0]
-                block_8: T.let = lo0 + j * 4 + 3
-                xb_9: T.let = (T.Cast("int64", idx0[lo0 + j * 4 + 3])) * 1
-                acc[3] = acc[3] + val0[block_8 * 1 + 0 * 1 + 0] * x[xb_9 + 0]
-            for j in range(count0 % 4):
-                block_10: T.let = lo0 + count0 // 4 * 4 + j
-                xb_11: T.let = (T.Cast("int64", idx0[lo0 + count0 // 4 * 4 + j])) * 1
-                acc[0] = acc[0] + val0[block_10 * 1 + 0 * 1 + 0] * x[xb_11 + 0]
-            acc[0] = acc[0] + acc[1]
-            acc[0] = acc[0] + acc[2]
-            acc[0] = acc[0] + acc[3]
-            for b in range(T.min(T.int64(1), N - row_1)):
-                y[row_1 + b] = y[row_1 + b] + acc[0 + b]
-        for out in range(last - first):
-            v_12: T.let = y[first + out]
-            e_13: T.let = T.max(T.min(T.float32(0.0) - v_12, T.float32(89.0)), T.float32(-87.0))
-            sum_14: T.let = T.call_llvm_pure_intrin("float32", "llvm.fmuladd", e_13, T.float32(1.4426950408889634), T.float32(12583039.0))
-            n_15: T.let = sum_14 - T.float32(12583039.0)
-            r_16: T.let = e_13 - n_15 * T.float32(0.693359375) + n_15 * T.float32(0.00021219444)
-            power_17: T.let = T.reinterpret("float32", T.shift_left(T.reinterpret("int32", sum_14), T.int32(23)))
-            p_18: T.let = T.float32(0.0013888889225199819) * r_16 + T.float32(0.008333350531756878)
-            p_19: T.let = p_18 * r_16 + T.float32(0.04166654497385025)
-            p_20: T.let = p_19 * r_16 + T.float32(0.1666666716337204)
-            p_21: T.let = p_20 * r_16 + T.float32(0.5)
-            p_22: T.let = p_21 * r_16 + T.float32(1.0)
-            p_23: T.let = p_22 * r_16 + T.float32(1.0)
-            exp_24: T.let = p_23 * power_17
-            y[first + out] = v_12 / (T.float32(1.0) + exp_24)
+    for group in range((M + 0) // 1):
+        head_at = T.alloc_buffer((1,), "int64", scope="global")
+        head_at[0] = group * 1
+        head: T.let = head_at[0]
+        tokens_at = T.alloc_buffer((1,), "int64", scope="global")
+        tokens_at[0] = T.min(M - head, T.int64(1))
+        tokens: T.let = tokens_at[0]
+        xs_at = T.alloc_buffer((1,), "int64", scope="global")
+        xs_at[0] = 1 * (pitch + 0 * reach)
+        xs: T.let = xs_at[0]
+        for m in range(1):
+            xs_from_at = T.alloc_buffer((1,), "int64", scope="global")
+            xs_from_at[0] = (head + T.min(m, tokens - 1)) * x_stride
+            xs_from: T.let = xs_from_at[0]
+            xs_to_at = T.alloc_buffer((1,), "int64", scope="global")
+            xs_to_at[0] = xs + m * reach
+            xs_to: T.let = xs_to_at[0]
+            for k in range(K // 4):
+                work[T.ramp(xs_to + k * 4 + 0, 1, 4)] = x[T.ramp(xs_from + k * 4 + 0, 1, 4)]
+            for rest in range(reach - K // 4 * 4):
+                k: T.let = K // 4 * 4 + rest
+                work[xs_to + k] = T.if_then_else(k < K, x[xs_from + k], T.float32(0))
+        for task in T.parallel(tasks):
+            units_at = T.alloc_buffer((1,), "int64", scope="global")
+            units_at[0] = (N + 0) // 1
+            units: T.let = units_at[0]
+            parents_at = T.alloc_buffer((1,), "int64", scope="global")
+            parents_at[0] = (N + 0) // 1
+            parents: T.let = parents_at[0]
+            total_at = T.alloc_buffer((1,), "int64", scope="global")
+            total_at[0] = T.Cast("int64", ptr0[parents]) * 6 + parents * (64)
+            total: T.let = total_at[0]
+            first_low = T.alloc_buffer((1,), "int64", scope="global")
+            first_low[0] = T.int64(0)
+            first_high = T.alloc_buffer((1,), "int64", scope="global")
+            first_high[0] = units
+            while first_low[0] < first_high[0]:
+                middle: T.let = (first_low[0] + first_high[0]) // 2
+                parent: T.let = T.min(parents, middle * 1)
+                if (T.Cast("int64", ptr0[parent]) * 6 + parent * (64)) * tasks < task * total:
+                    first_low[0] = middle + 1
+                else:
+                    first_high[0] = middle
+            first_at = T.alloc_buffer((1,), "int64", scope="global")
+            first_at[0] = T.min(N, first_low[0] * 1)
+            first: T.let = first_at[0]
+            last_low = T.alloc_buffer((1,), "int64", scope="global")
+            last_low[0] = T.int64(0)
+            last_high = T.alloc_buffer((1,), "int64", scope="global")
+            last_high[0] = units
+            while last_low[0] < last_high[0]:
+                middle: T.let = (last_low[0] + last_high[0]) // 2
+                parent: T.let = T.min(parents, middle * 1)
+                if (T.Cast("int64", ptr0[parent]) * 6 + parent * (64)) * tasks < (task + 1) * total:
+                    last_low[0] = middle + 1
+                else:
+                    last_high[0] = middle
+            last_at = T.alloc_buffer((1,), "int64", scope="global")
+            last_at[0] = T.min(N, last_low[0] * 1)
+            last: T.let = last_at[0]
+            for tile in range((tokens + 0) // 1):
+                xs_at_at = T.alloc_buffer((1,), "int64", scope="global")
+                xs_at_at[0] = xs + tile * 1 * reach
+                xs_at: T.let = xs_at_at[0]
+                ot_at = T.alloc_buffer((1,), "int64", scope="global")
+                ot_at[0] = tile * 1 * pitch
+                ot: T.let = ot_at[0]
+                for m in range(1):
+                    for v in range((last - first) // 4):
+                        at: T.let = first + v * 4
+                        work[T.ramp(ot + m * pitch + at, 1, 4)] = bias[T.ramp(at, 1, 4)]
+                    for v in range((last - first) % 4):
+                        at: T.let = first + (last - first) // 4 * 4 + v
+                        work[ot + m * pitch + at] = bias[at]
+                begin0_at = T.alloc_buffer((1,), "int64", scope="global")
+                begin0_at[0] = first // 1
+                begin0: T.let = begin0_at[0]
+                count0_at = T.alloc_buffer((1,), "int64", scope="global")
+                count0_at[0] = (last - first + 0) // 1
+                count0: T.let = count0_at[0]
+                each0_at = T.alloc_buffer((1,), "int64", scope="global")
+                each0_at[0] = count0 // 1
+                each0: T.let = each0_at[0]
+                for i in range(each0):
+                    place_1: T.let = i
+                    sum2_0 = T.alloc_buffer((1,), "float32", scope="global")
+                    sum2_0[0] = T.float32(0)
+                    parent_3: T.let = begin0 + place_1
+                    lo_4: T.let = T.Cast("int64", ptr0[parent_3])
+                    entries_5: T.let = T.Cast("int64", ptr0[parent_3 + 1]) - lo_4
+                    common_6_at = T.alloc_buffer((1,), "int64", scope="global")
+                    common_6_at[0] = entries_5
+                    common_6: T.let = common_6_at[0]
+                    for j in range(common_6):
+                        entry_7: T.let = lo_4 + j
+                        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(val0[entry_7 * 1 + 256]), T.int32(0), T.int32(3), T.int32(1)))
+                        xb_8: T.let = T.Cast("int64", idx0[entry_7])
+                        weight_9: T.let = val0[entry_7 * 1 + 0 * 1 + 0]
+                        x_10: T.let = work[xs_at + xb_8 + 0 * 1]
+                        sum2_0[0] = sum2_0[0] + weight_9 * x_10
+                    work[ot + first + place_1 * 1] = work[ot + first + place_1 * 1] + sum2_0[0]
+                for m in range(T.min(T.int64(1), tokens - tile * 1)):
+                    row_at = T.alloc_buffer((1,), "int64", scope="global")
+                    row_at[0] = head + tile * 1 + m
+                    row: T.let = row_at[0]
+                    for v in range((last - first) // 4):
+                        at: T.let = first + v * 4
+                        v_11: T.let = work[T.ramp(ot + m * pitch + at, 1, 4)]
+                        e_12: T.let = T.max(T.min(T.broadcast(T.float32(0.0), 4) - v_11, T.broadcast(T.float32(89.0), 4)), T.broadcast(T.float32(-87.0), 4))
+                        sum_13: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", e_12, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
+                        n_14: T.let = sum_13 - T.broadcast(T.float32(12583039.0), 4)
+                        r_15: T.let = e_12 - n_14 * T.broadcast(T.float32(0.693359375), 4) + n_14 * T.broadcast(T.float32(0.00021219444), 4)
+                        power_16: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_13), T.broadcast(T.int32(23), 4)))
+                        p_17: T.let = T.broadcast(T.float32(0.0013888889225199819), 4) * r_15 + T.broadcast(T.float32(0.008333350531756878), 4)
+                        p_18: T.let = p_17 * r_15 + T.broadcast(T.float32(0.04166654497385025), 4)
+                        p_19: T.let = p_18 * r_15 + T.broadcast(T.float32(0.1666666716337204), 4)
+                        p_20: T.let = p_19 * r_15 + T.broadcast(T.float32(0.5), 4)
+                        p_21: T.let = p_20 * r_15 + T.broadcast(T.float32(1.0), 4)
+                        p_22: T.let = p_21 * r_15 + T.broadcast(T.float32(1.0), 4)
+                        exp_23: T.let = p_22 * power_16
+                        y[T.ramp(row * y_stride + at, 1, 4)] = v_11 / (T.broadcast(T.float32(1.0), 4) + exp_23)
+                    for v in range((last - first) % 4):
+                        at: T.let = first + (last - first) // 4 * 4 + v
+                        v_24: T.let = work[ot + m * pitch + at]
+                        e_25: T.let = T.max(T.min(T.float32(0.0) - v_24, T.float32(89.0)), T.float32(-87.0))
+                        sum_26: T.let = T.call_llvm_pure_intrin("float32", "llvm.fmuladd", e_25, T.float32(1.4426950408889634), T.float32(12583039.0))
+                        n_27: T.let = sum_26 - T.float32(12583039.0)
+                        r_28: T.let = e_25 - n_27 * T.float32(0.693359375) + n_27 * T.float32(0.00021219444)
+                        power_29: T.let = T.reinterpret("float32", T.shift_left(T.reinterpret("int32", sum_26), T.int32(23)))
+                        p_30: T.let = T.float32(0.0013888889225199819) * r_28 + T.float32(0.008333350531756878)
+                        p_31: T.let = p_30 * r_28 + T.float32(0.04166654497385025)
+                        p_32: T.let = p_31 * r_28 + T.float32(0.1666666716337204)
+                        p_33: T.let = p_32 * r_28 + T.float32(0.5)
+                        p_34: T.let = p_33 * r_28 + T.float32(1.0)
+                        p_35: T.let = p_34 * r_28 + T.float32(1.0)
+                        exp_36: T.let = p_35 * power_29
+                        y[row * y_stride + at] = v_24 / (T.float32(1.0) + exp_36)

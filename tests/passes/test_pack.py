@@ -143,6 +143,20 @@ def weight(kept: float, dtype: torch.dtype = torch.float32) -> Tensor:
     ],
 )
 def test_formats_for(pattern: str, kept: float, codec: str | None, dtype: torch.dtype, formats: list[str]) -> None:
-    found = formats_for(parse_pattern(pattern), weight(kept, dtype), codec, 16)
+    found = formats_for(parse_pattern(pattern), weight(kept, dtype), codec, 17)
     assert [str(f) for f in found] == formats
     assert all(parse_format(text) == fmt for text, fmt in zip(formats, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept", "tokens", "formats"),
+    [
+        ("nm(2, 4)", 0.5, 1, ["nm(2, 4)", "csr", "bitmap"]),
+        ("unstructured", 0.1, 1, ["csr", "bitmap"]),
+        ("unstructured", 0.1, 16, [SLICED, "csr", "bitmap"]),
+        ("unstructured", 0.02, 1, ["csr"]),
+        ("block(4, 1)", 0.1, 1, ["bsr(4, 1)"]),
+    ],
+)
+def test_formats_for_a_few_tokens(pattern: str, kept: float, tokens: int, formats: list[str]) -> None:
+    assert [str(f) for f in formats_for(parse_pattern(pattern), weight(kept), None, tokens)] == formats

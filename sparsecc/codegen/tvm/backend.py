@@ -20,7 +20,7 @@ from sparsecc.codegen.tvm.spmm import spmm_source
 from sparsecc.codegen.tvm.spmv import spmv_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source
 from sparsecc.debug import cache_dir
-from sparsecc.formats import Bitmap, PackedNM, Sell
+from sparsecc.formats import Bitmap, Compressed, PackedNM, Sell
 
 _LOCK = threading.Lock()
 _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
@@ -28,11 +28,14 @@ _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
 
 @dataclass(frozen=True)
 class CpuConfig:
-    """vectors: token vectors per tile (spmm); unroll: kept blocks per loop step; chunk: rows per task."""
+    """vectors: token vectors per tile; unroll: kept blocks per loop step; chunk: rows per task. Of one token, or a few: vectors is how many
+    go together, streams how many rows are read at once, gather whether nonzeros are taken a vector at a time."""
 
     vectors: int = tunable(1, 2, 4, default=2)
     unroll: int = tunable(1, 2, 4, 8, default=2)
     chunk: int = tunable(64, 128, 256, default=128)
+    streams: int = tunable(1, 2, 4, 8, default=4)
+    gather: bool = tunable(True, False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,11 @@ class TvmBackend:
     def space(self, spec: KernelSpec) -> list[CpuConfig]:
         """Most promising first."""
         if spec.regime == "one":
-            return [CpuConfig(1, unroll) for unroll in (4, 8)]
+            nonzeros = any(isinstance(fmt.level, Compressed) and fmt.block == (1, 1) for fmt in spec.formats)
+            gathers = (True, False) if nonzeros and self.isa.has("avx512bw") else (True,)
+            return [CpuConfig(1, 1, streams=streams, gather=gather) for gather in gathers for streams in (4, 8)]
+        if spec.regime == "few":
+            return [CpuConfig(streams=4), CpuConfig(streams=2)]
         rows = max(fmt.block[0] for fmt in spec.formats)
         if any(isinstance(fmt.level, Sell) for fmt in spec.formats):
             return [CpuConfig(4 if self.isa.registers > 16 else 2, 1), CpuConfig(1, 1)]
@@ -72,8 +79,8 @@ class TvmBackend:
 
     def source(self, spec: KernelSpec, config: CpuConfig) -> str:
         """TVMScript of the kernel named after its family, `spmm` or `spmv`."""
-        if spec.regime == "one":
-            return spmv_source(spec, config.unroll, self.isa.lanes)
+        if spec.regime != "many":
+            return spmv_source(spec, config.vectors, config.streams, config.gather, self.isa)
         return spmm_source(spec, config.vectors, config.unroll, whole_chunk(spec, config), self.isa.lanes, self.isa.registers)
 
     def load(self, source: str) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparsecc.codegen.tvm.writer import Writer
+from sparsecc.codegen.tvm.writer import Writer, splat
 from sparsecc.formats import Bitmap, Compressed, Dense, Format, Sell
 from sparsecc.formats.level import NM
 
@@ -17,18 +17,49 @@ def pointers(fmt: Format, wide: bool, t: int) -> dict[str, str]:
     dtypes = {"ptr": "int32", "order": "uint16", "idx": "int32" if wide else "uint16", "bits": "uint16"}
     if isinstance(fmt.level, NM):
         dtypes["idx"] = "uint8"
-    dtypes["val"] = {"f32": "float32", "bf16": "uint16", "f16": "float16"}[str(fmt.codec)]
+    dtypes["val"] = STORED[str(fmt.codec)]
     return {f"{name}{t}": dtypes[name] for name in fmt.components()}
+
+
+STORED = {"f32": "float32", "bf16": "uint16", "f16": "float16"}
+"""How kernels see values and activations of a dtype."""
 
 
 def value(fmt: Format, t: int, offset: str, lanes: int = 1) -> str:
     """The stored value(s) at an offset, as float32."""
-    load = f"val{t}[{offset}]" if lanes == 1 else f"val{t}[T.ramp({offset}, 1, {lanes})]"
+    return load(f"val{t}", str(fmt.codec), offset, lanes)
+
+
+def value_bytes(fmt: Format) -> int:
+    """Of one value."""
+    return 4 if str(fmt.codec) == "f32" else 2
+
+
+def load(buffer: str, dtype: str, offset: str, lanes: int = 1) -> str:
+    """Elements of a buffer of f32, bf16 or f16, as float32."""
+    return widen(f"{buffer}[{offset}]" if lanes == 1 else f"{buffer}[T.ramp({offset}, 1, {lanes})]", dtype, lanes)
+
+
+def widen(value: str, dtype: str, lanes: int) -> str:
+    """A vector (or scalar) of that dtype as float32."""
     suffix = "" if lanes == 1 else f"x{lanes}"
-    if str(fmt.codec) == "bf16":
-        shift = "T.uint32(16)" if lanes == 1 else f"T.broadcast(T.uint32(16), {lanes})"
-        return f'T.reinterpret("float32{suffix}", T.shift_left(T.Cast("uint32{suffix}", {load}), {shift}))'
-    return load if str(fmt.codec) == "f32" else f'T.Cast("float32{suffix}", {load})'
+    if dtype == "bf16":
+        shift = splat("T.uint32(16)", lanes)
+        return f'T.reinterpret("float32{suffix}", T.shift_left(T.Cast("uint32{suffix}", {value}), {shift}))'
+    return value if dtype == "f32" else f'T.Cast("float32{suffix}", {value})'
+
+
+def store(w: Writer, value: str, dtype: str, lanes: int) -> str:
+    """float32 rounded to that dtype, to the nearest and then to the even one. NaN stays NaN."""
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    if dtype != "bf16":
+        return value if dtype == "f32" else f'T.Cast("float16{suffix}", {value})'
+    number = lambda n: splat(f"T.uint32({n})", lanes)  # noqa: E731
+    bits = w.let("bits", f'T.reinterpret("uint32{suffix}", {value})')
+    odd = f"T.bitwise_and(T.shift_right({bits}, {number(16)}), {number(1)})"
+    rounded = w.let("rounded", f"T.shift_right({bits} + {number(0x7FFF)} + {odd}, {number(16)})")
+    nan = f"T.bitwise_and({bits}, {number(0x7FFFFFFF)}) > {number(0x7F800000)}"
+    return f'T.Cast("uint16{suffix}", T.Select({nan}, {number(0x7FC0)}, {rounded}))'
 
 
 def slices(fmt: Format) -> int:

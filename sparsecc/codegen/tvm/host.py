@@ -14,6 +14,10 @@ ISAS = {"avx512": ("avx512f", 16, 24), "avx2": ("avx2", 8, 12), "portable": ("",
 """name -> (LLVM feature, float32 lanes, registers that may hold accumulators)"""
 
 
+AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vbmi2", "f16c", "fma")
+"""Linux's names of what kernels for AVX-512 may use; LLVM's lack the underscore."""
+
+
 @dataclass(frozen=True)
 class Isa:
     """Vectors of `lanes` float32; `registers` bounds a kernel's accumulators; `features` go to LLVM."""
@@ -23,6 +27,10 @@ class Isa:
     registers: int
     mcpu: str
     features: tuple[str, ...] = ()
+
+    def has(self, feature: str) -> bool:
+        """Whether kernels may use an instruction set, by LLVM's name for it."""
+        return f"+{feature}" in self.features
 
     def target(self) -> Any:
         """The tvm Target. One core: threads are torch's, see `pool`."""
@@ -57,7 +65,7 @@ def _llvm(name: str, flags: frozenset[str]) -> tuple[str, tuple[str, ...]]:
         return str(codegen.llvm_get_system_cpu()), ()
     if name == "avx512":
         # Sapphire Rapids' model prefers full-width vectors, which is what these kernels are written in.
-        extra = tuple(f"+{f}" for f in ("avx512dq", "avx512bw", "avx512vl", "f16c", "fma") if f in flags)
+        extra = tuple(f"+{f.replace('512_', '512')}" for f in AVX512 if f in flags)
         return "skylake-avx512", (*extra, "-prefer-256-bit")
     return ("haswell", ()) if name == "avx2" else ("x86-64", ())
 

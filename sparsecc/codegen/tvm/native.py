@@ -14,7 +14,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +49,16 @@ class Native:
         values = struct.pack(f"{2 * len(args)}q", *_pairs(args))
         if self.kernel(None, values, len(args), _RESULT):
             raise RuntimeError(_REFUSED.format(1, 1))
+
+    def bind(self, count: int, last: Sequence[Any]) -> tuple[Callable[[bytes], None], bytes]:
+        """What calls the kernel with all of its `count` arguments as bytes, and the `last` of them as such."""
+        kernel, size = self.kernel, ctypes.c_int(count)
+
+        def fast(values: bytes) -> None:
+            if kernel(None, values, size, _RESULT):
+                raise RuntimeError(_REFUSED.format(1, 1))
+
+        return fast, struct.pack(f"{2 * len(last)}q", *_pairs(last))
 
 
 class Calls:

@@ -1,89 +1,144 @@
-"""Family spmv: sparse weight [N, K] times one token (decode).
+"""Family spmv: sparse weight [N, K] times one token, or a few (decode).
 
-The vector lies along the rows of a block (8x1, 16x1, 32x32), along its columns (1x16), or, for single entries and small blocks,
-there is none: several scalar accumulators then keep the multiply-adds independent. Bytes decide here, and each is read once.
+Bytes decide here: every one of the weight is read once for all tokens of a tile, from several places at once (see `streams`), because
+one core that reads one place has too few cache lines under way.
+
+    for group of tokens:                                      work: memory of the calling thread, for xs and out
+        xs = x in float32, padded with zeros
+        for task in parallel(tasks):                          rows of about as many bytes
+            for tile of tokens:
+                out = bias;  out += every term;  y = epilogue(out) + residual
+
+x, y, the bias and the residual are of `spec.dtype`, rows of features; sums are float32.
 """
 
 from __future__ import annotations
 
+import math
+
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
-from sparsecc.codegen.tvm.entries import pointers, rows_of_blocks, slices, steps, value, write_entries, write_parents
-from sparsecc.codegen.tvm.writer import Writer, splat, vec
-from sparsecc.formats import Format, Panels
+from sparsecc.codegen.tvm.entries import STORED, load, pointers, store, value_bytes
+from sparsecc.codegen.tvm.host import Isa
+from sparsecc.codegen.tvm.streams import write_term
+from sparsecc.codegen.tvm.terms import Term, term_x
+from sparsecc.codegen.tvm.writer import Writer, vec
+from sparsecc.formats import Bitmap, Compressed, Panels
 
-INTS = ("N", "chunk")
+INTS = ("M", "N", "K", "reach", "pitch", "x_stride", "y_stride", "res_stride", "tasks")
+"""Scalar arguments: tokens, features; floats of a token in `xs` and in `out`, both beyond what any block reaches; between tokens; parts of
+the work. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
+
+TILES = (1, 2, 4, 8)
+"""Tokens that a kernel may take together."""
+GROUP = 16
+"""Tokens for which memory is read once: what one tile has read of a task is in cache for the next."""
 
 
-def spmv_source(spec: KernelSpec, unroll: int, lanes: int) -> str:
-    """The kernel's text; x is contiguous and zero-padded to whole blocks and groups."""
+def spmv_source(spec: KernelSpec, tokens: int, streams: int, gather: bool, isa: Isa) -> str:
+    """The kernel's text for `tokens` at a time. `streams`: rows read at once; `gather`: whether nonzeros are taken a vector at a time."""
     w = Writer()
-    params = {"x": "float32", "y": "float32", "bias": "float32"} | ({"res": "float32"} if spec.residual else {})
+    dtype = STORED[spec.dtype]
+    params = {"x": dtype, "y": dtype} | ({"res": dtype} if spec.residual else {}) | {"work": "float32", "bias": dtype}
     for t, fmt in enumerate(spec.formats):
         params |= pointers(fmt, spec.wide, t)
     sizes = tuple(f"{name}{t}" for t in range(len(spec.formats)) for name in "CP")
-    with w.function("spmv", params, INTS + sizes), w.block("for task in T.parallel((N + chunk - 1) // chunk):"):
-        w.opaque("first", "task * chunk")
-        w.opaque("last", "T.min(N, first + chunk)")
-        with w.block("for n in range(last - first):"):
-            w("y[first + n] = bias[first + n]")
-        for t in range(len(spec.formats)):
-            _write_term(w, spec, t, unroll, lanes)
-        if spec.epilogue or spec.residual:
-            with w.block("for out in range(last - first):"):
-                result = write_activation(w, spec.epilogue, ["y[first + out]"], 1)[0] if spec.epilogue else "y[first + out]"
-                w(f"y[first + out] = {result}{' + res[first + out]' if spec.residual else ''}")
+    names = sorted({term_x(fmt, isa) for fmt in spec.formats})
+    group = GROUP if tokens == max(TILES) else tokens
+    terms = [Term(w, fmt, t, tokens, streams, gather, isa, spec.wide) for t, fmt in enumerate(spec.formats)]
+    with w.function("spmv", params, INTS + sizes):
+        with w.block(f"for group in range((M + {group - 1}) // {group}):"):
+            w.opaque("head", f"group * {group}")
+            w.opaque("tokens", f"T.min(M - head, T.int64({group}))")
+            for i, name in enumerate(names):
+                _write_x(w, spec, group, isa.lanes, name, f"{group} * (pitch + {i} * reach)")
+            with w.block("for task in T.parallel(tasks):"):
+                _write_bounds(w, spec)
+                with w.block(f"for tile in range((tokens + {tokens - 1}) // {tokens}):"):
+                    for name in names:
+                        w.opaque(f"{name}_at", f"{name} + tile * {tokens} * reach")
+                    w.opaque("ot", f"tile * {tokens} * pitch")
+                    with w.block(f"for m in range({tokens}):"):
+                        _write_rows(w, isa.lanes, lambda at, n: _write_bias(w, spec, at, n))
+                    for term in terms:
+                        write_term(term)
+                    with w.block(f"for m in range(T.min(T.int64({tokens}), tokens - tile * {tokens})):"):
+                        w.opaque("row", f"head + tile * {tokens} + m")
+                        _write_rows(w, isa.lanes, lambda at, n: _write_y(w, spec, at, n))
     return w.text
 
 
-def _write_term(w: Writer, spec: KernelSpec, t: int, unroll: int, lanes: int) -> None:
-    fmt = spec.formats[t]
-    br, bc = fmt.block
-    panels = isinstance(fmt.swizzle, Panels)
-    # Lanes along the rows, else along the columns, else one.
-    along_rows = max(v for v in (lanes, lanes // 2, lanes // 4, 4, 2, 1) if br % v == 0) if br > 1 else 1
-    along_cols = max(v for v in (lanes, lanes // 2, 4, 2, 1) if bc % v == 0) if br == 1 else 1
-    width = max(along_rows, along_cols)
-    parts, c = br // along_rows, slices(fmt)
-    sets = c if c > 1 else max(1, min(unroll, 16 // parts)) if bc // along_cols == 1 else 1
-    with (
-        w.block_if(panels, f"for p{t} in range(P{t}):"),
-        w.block(f"for i in range({steps(fmt)}):"),
-    ):
-        rows = write_parents(w, fmt, t, f"p{t} * {rows_of_blocks(fmt)} + " if panels else "", "i")
-        w(f'acc = T.alloc_buffer(({sets * parts * width},), "float32", scope="global")')
-        acc = lambda s, q: vec("acc", (s * parts + q) * width, width)  # noqa: E731
-        for s in range(sets):
-            for q in range(parts):
-                w(f"{acc(s, q)} = {splat('T.float32(0)', width)}")
-        _write_products(w, fmt, t, unroll, sets, parts, width, along_cols, acc, f"p{t} * C{t} + " if panels else "")
-        for s in range(len(rows), sets):
-            for q in range(parts):
-                w(f"{acc(0, q)} = {acc(0, q)} + {acc(s, q)}")
-        for s, row in enumerate(rows):
-            if along_cols > 1:
-                total = " + ".join(f"acc[{s * width + lane}]" for lane in range(along_cols))
-                with w.block_if(c > 1, f"if {row} < N:"):
-                    w(f"y[{row}] = y[{row}] + ({total})")
-            else:
-                with w.block(f"for b in range(T.min(T.int64({br}), N - {row})):"):
-                    w(f"y[{row} + b] = y[{row} + b] + acc[{s * parts * width} + b]")
+def _write_x(w: Writer, spec: KernelSpec, tokens: int, lanes: int, name: str, start: str) -> None:
+    """Bind `name`, where work holds x[token][k], zero from K to `reach`; "xp" has the even and the odd of every two vectors apart.
+    Missing tokens repeat the last one."""
+    paired = name == "xp"
+    step = 2 * lanes if paired else lanes
+    w.opaque(name, start)
+    with w.block(f"for m in range({tokens}):"):
+        w.opaque(f"{name}_from", "(head + T.min(m, tokens - 1)) * x_stride")
+        w.opaque(f"{name}_to", f"{name} + m * reach")
+        with w.block(f"for k in range(K // {step}):"):
+            parts = [load("x", spec.dtype, f"{name}_from + k * {step} + {i * lanes}", lanes) for i in range(step // lanes)]
+            if paired:
+                parts = [w.let("part", part) for part in parts]
+                parts = [f"T.Shuffle([{', '.join(parts)}], {list(range(odd, step, 2))})" for odd in (0, 1)]
+            for i, part in enumerate(parts):
+                w(f"{vec('work', f'{name}_to + k * {step} + {i * lanes}', lanes)} = {part}")
+        with w.block(f"for rest in range(reach - K // {step} * {step}):"):
+            w(f"k: T.let = K // {step} * {step} + rest")
+            at = f"k // {step} * {step} + k % 2 * {lanes} + k % {step} // 2" if paired else "k"
+            w(f"work[{name}_to + {at}] = T.if_then_else(k < K, {load('x', spec.dtype, f'{name}_from + k', 1)}, T.float32(0))")
 
 
-def _write_products(
-    w: Writer, fmt: Format, t: int, unroll: int, sets: int, parts: int, width: int, along_cols: int, acc, panel: str
-) -> None:
-    br, bc = fmt.block
+def _write_bounds(w: Writer, spec: KernelSpec) -> None:
+    """Bind `first` and `last`, the rows of a task: whole windows of blocks, of about as many bytes as those of the other tasks."""
+    unit = math.lcm(*(fmt.block[0] * fmt.level.window for fmt in spec.formats))
+    fmt = spec.formats[0]
+    w.opaque("units", f"(N + {unit - 1}) // {unit}")
+    if not isinstance(fmt.level, Compressed | Bitmap) or isinstance(fmt.swizzle, Panels):
+        w.opaque("first", f"T.min(N, task * units // tasks * {unit})")
+        w.opaque("last", f"T.min(N, (task + 1) * units // tasks * {unit})")
+        return
+    by_bits = isinstance(fmt.level, Bitmap)
+    entry = fmt.block[0] * fmt.block[1] * value_bytes(fmt) + (0 if by_bits else 4 if spec.wide else 2)
+    parent = "(C0 + 15) // 16 * 2 + 32" if by_bits else "64"  # what a row costs without any entry
+    w.opaque("parents", f"(N + {fmt.block[0] - 1}) // {fmt.block[0]}")
+    cost = lambda p: f'T.Cast("int64", ptr0[{p}]) * {entry} + {p} * ({parent})'  # noqa: E731
+    w.opaque("total", cost("parents"))
+    for name, number in (("first", "task"), ("last", "(task + 1)")):
+        for side, start in (("low", "T.int64(0)"), ("high", "units")):
+            w(f'{name}_{side} = T.alloc_buffer((1,), "int64", scope="global")')
+            w(f"{name}_{side}[0] = {start}")
+        with w.block(f"while {name}_low[0] < {name}_high[0]:"):
+            w(f"middle: T.let = ({name}_low[0] + {name}_high[0]) // 2")
+            w(f"parent: T.let = T.min(parents, middle * {unit // fmt.block[0]})")
+            with w.block(f"if ({cost('parent')}) * tasks < {number} * total:"):
+                w(f"{name}_low[0] = middle + 1")
+            with w.block("else:"):
+                w(f"{name}_high[0] = middle")
+        w.opaque(name, f"T.min(N, {name}_low[0] * {unit})")
 
-    def block(j: str, col: str, s: int) -> None:
-        first = w.let("block", j)
-        xb = w.let("xb", f"({panel}{col}) * {bc}")
-        steps = bc // along_cols
-        with w.block_if(steps > 1, f"for cc in range({steps}):"):
-            cc = "cc" if steps > 1 else "0"
-            for q in range(parts):
-                weight = value(fmt, t, f"{first} * {br * bc} + {cc} * {br * along_cols} + {q * width}", width)
-                x = vec("x", f"{xb} + {cc} * {along_cols}", along_cols) if along_cols > 1 else splat(f"x[{xb} + {cc}]", width)
-                w(f"{acc(s, q)} = {acc(s, q)} + {weight} * {x}")
 
-    write_entries(w, fmt, t, f"parent{t}", f"C{t}", unroll if bc // along_cols == 1 else 1, sets, block)
+def _write_rows(w: Writer, lanes: int, write) -> None:
+    """`write(row, lanes)` for the task's rows: vectors, then one by one."""
+    with w.block(f"for v in range((last - first) // {lanes}):"):
+        w(f"at: T.let = first + v * {lanes}")
+        write("at", lanes)
+    if lanes > 1:
+        with w.block(f"for v in range((last - first) % {lanes}):"):
+            w(f"at: T.let = first + (last - first) // {lanes} * {lanes} + v")
+            write("at", 1)
+
+
+def _write_bias(w: Writer, spec: KernelSpec, at: str, lanes: int) -> None:
+    w(f"{vec('work', f'ot + m * pitch + {at}', lanes)} = {load('bias', spec.dtype, at, lanes)}")
+
+
+def _write_y(w: Writer, spec: KernelSpec, at: str, lanes: int) -> None:
+    result = vec("work", f"ot + m * pitch + {at}", lanes)
+    if spec.epilogue:
+        result = write_activation(w, spec.epilogue, [result], lanes)[0]
+    if spec.residual:
+        result = f"{result} + {load('res', spec.dtype, f'row * res_stride + {at}', lanes)}"
+    w(f"{vec('y', f'row * y_stride + {at}', lanes)} = {store(w, result, spec.dtype, lanes)}")
+
