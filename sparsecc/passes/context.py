@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Attention:
-    """q f32[B, H, S, D]; k and v f32[B, G, Sk, D]. `masked`: a mask is added to the scores."""
+    """q f32[B, H, S, D]; k and v f32[B, G, Sk, D]. `hides`: what queries may not see, see `AttentionSpec`."""
 
     B: int
     H: int
@@ -52,7 +52,7 @@ class Attention:
     S: int
     Sk: int
     D: int
-    masked: bool
+    hides: str
 
 
 class Tuner(Protocol):
@@ -72,8 +72,24 @@ class Tuner(Protocol):
         """Key and code of `sparsecc.norm`."""
         ...
 
-    def attention(self, D: int, masked: bool) -> tuple[str, Any]:
+    def gate(self, activation: str) -> tuple[str, Any]:
+        """Key and code of `sparsecc.gate`."""
+        ...
+
+    def rotary(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.rotary`."""
+        ...
+
+    def attention(self, D: int, hides: str) -> tuple[str, Any]:
         """Key and code of `sparsecc.attention`."""
+        ...
+
+    def tokens(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.tokens`."""
+        ...
+
+    def mask_tiles(self, rows: bool) -> tuple[str, Any]:
+        """Key and code of `sparsecc.mask_tiles`."""
         ...
 
     def attention_pays(self, problem: Attention) -> bool:

@@ -15,7 +15,7 @@ from torch import fx
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
-from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
+from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.passes.context import Context
 
 aten = torch.ops.aten
@@ -62,8 +62,11 @@ class Lower:
 
 BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
     NORM: lambda tuner, node: tuner.norm(*node.args[4:6]),
-    ATTENTION: lambda tuner, node: tuner.attention(_head_size(node), node.args[3] is not None),
-    KEY_MASK: lambda tuner, node: tuner.key_mask(),
+    GATE: lambda tuner, node: tuner.gate(node.args[2]),
+    ROTARY: lambda tuner, node: tuner.rotary(),
+    ATTENTION: lambda tuner, node: tuner.attention(_head_size(node), "causal" if node.args[6] else hides(node.args[3])),
+    TOKENS: lambda tuner, node: tuner.tokens(),
+    MASK_TILES: lambda tuner, node: tuner.mask_tiles(hides(node.args[0]) == "rows"),
 }
 """The kernels of what stands between linears, and the keys by which programs name them."""
 
@@ -74,6 +77,14 @@ def _name_kernel(node: fx.Node, tuner: Any) -> None:
     if tuner is not None:
         key, KERNELS[key] = BETWEEN[node.target](tuner, node)
     node.args = (*node.args[:-1], key)
+
+
+def hides(mask: fx.Node | None) -> str:
+    """What a mask hides, as kernels call it: one row may speak for all queries."""
+    if mask is None:
+        return ""
+    rows = value_of(mask).shape[-2]
+    return "keys" if isinstance(rows, int) and rows == 1 else "rows"
 
 
 def _head_size(node: fx.Node) -> int:

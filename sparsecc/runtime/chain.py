@@ -25,11 +25,11 @@ from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
 from sparsecc.ir.program import Program, get_attr, make_module
-from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
+from sparsecc.ir.token_ops import layout_of
 from sparsecc.runtime.record import NotAView, Pool, Recorder, Replay
 
 aten = torch.ops.aten
-KINDS: dict[Any, Any] = {LINEAR: ops.linear, NORM: token_ops.norm, ATTENTION: token_ops.attention, KEY_MASK: token_ops.key_mask}
+KINDS: dict[Any, Any] = {LINEAR: ops.linear, **token_ops.MEANINGS}
 """Ops that kernels run, and what to call without the dispatcher."""
 VIEWS = {
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor,
@@ -151,8 +151,7 @@ class Result:
             for d, size in enumerate(getattr(value_of(tensor), "shape", ())):
                 known.setdefault(str(size), (t, d))
         sizes = [size if isinstance(size, int) else known.get(str(size)) for size in getattr(value, "shape", (None,))]
-        layout = node.args[6] if node.target is LINEAR else node.args[5] if node.target is NORM else "token"
-        return None if None in sizes else Result(value.dtype, str(layout), tuple(sizes))  # type: ignore[arg-type]
+        return None if None in sizes else Result(value.dtype, layout_of(node.target, node.args), tuple(sizes))  # type: ignore[arg-type]
 
     def fake(self, tensors: Sequence[Tensor]) -> Tensor:
         """Shape, dtype and strides."""
