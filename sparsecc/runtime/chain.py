@@ -81,7 +81,7 @@ class Chain:
         except NotAView:
             with Recorder(_pool()) as recorder:
                 outputs = self.run(tensors, sizes, recorder)
-        plan = Replay.of(recorder, tensors, outputs)
+        plan = Replay.of(recorder, tensors, outputs, self.kernels())
         if plan is not None:
             while len(plans) >= PLANS:
                 plans.pop(next(iter(plans)))
@@ -89,6 +89,10 @@ class Chain:
         for t, output in zip(into, outputs, strict=False):
             t.copy_(output)
         return list(into) or outputs
+
+    def kernels(self) -> list[Any]:
+        """What runs the nodes at present: another compilation may put its own in their place."""
+        return [KERNELS.get(node.args[-1]) for node in self.gm.graph.nodes if node.target in KINDS]
 
     def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any], recorder: Recorder | None = None) -> list[Tensor]:
         """Node by node."""
