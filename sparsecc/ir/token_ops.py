@@ -1,11 +1,11 @@
 """What stands between linears in the dialect, so that values stay token-minor from one linear to the next.
 
-    norm(x, weight, bias)               layer norm or RMS norm over the last dimension       x [..., N] -> [..., N]
-    gate(a, b)                          act(a) * b                                           [..., F], [..., F] -> [..., F]
-    rotary(x, cos, sin)                 x * cos + half_turn(x) * sin, position embedding     x [B, H, S, D] -> [B, H, S, D]
-    attention(q, k, v, mask, tiles)     softmax(scale * q k^T + mask) v                      q [B, H, S, D], k and v [B, G, Sk, D] -> [B, H, S, D]
-    tokens(x)                           x itself, token-minor: once for all who read it      [..., S, F] -> [..., S, F]
-    mask_tiles(mask)                    what a mask hides, by tiles of TILE x TILE           [..., S, Sk] -> [..., S / TILE, Sk / TILE]
+    norm(x, weight, bias)             layer norm or RMS norm over the last dimension     x [..., N] -> [..., N]
+    gate(a, b)                        act(a) * b                                         [..., F], [..., F] -> [..., F]
+    rotary(x, cos, sin)               x * cos + half_turn(x) * sin, position embedding   x [B, H, S, D] -> [B, H, S, D]
+    attention(q, k, v, mask, tiles)   softmax(scale * q k^T + mask) v                    q [B, H, S, D], k, v [B, G, Sk, D] -> as q
+    tokens(x)                         x itself, token-minor: once for all who read it    [..., S, F] -> [..., S, F]
+    mask_tiles(mask)                  what a mask hides, by tiles of TILE x TILE         [..., S, Sk] -> [..., S / TILE, Sk / TILE]
 
 Results are token-minor but for those of mask_tiles and of a norm that ends the chain. `kernel` is a key of `KERNELS`, as in
 `sparsecc::linear`; without one the dense meaning runs.

@@ -20,9 +20,11 @@ from torch import fx
 
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import LinearView, Program, Rule
-from sparsecc.passes.between import SDPA, Maker, Site, has_tokens, is_causal, key_heads, mask_of, root, sites
+from sparsecc.passes.attention import SDPA, is_causal, key_heads, mask_of
+from sparsecc.passes.between import sites
 from sparsecc.passes.context import Attention, Context
 from sparsecc.passes.lower import hides
+from sparsecc.passes.site import Maker, Site, has_tokens, root
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _name_kernel(node: fx.Node, tuner: Any) -> None:
     node.args = (*node.args[:-1], key)
 
 
-def hides(mask: fx.Node | None) -> str:
+def hides(mask: Any) -> str:
     """What a mask hides, as kernels call it: one row may speak for all queries."""
     if mask is None:
         return ""

@@ -130,7 +130,8 @@ class Batch:
 
     def step(self, tensors: Sequence[Tensor]) -> int:
         """As few sequences as give every thread two spans: fewer would leave it waiting for weights."""
-        spans = max(1, -(-int(tensors[self.tensors.index(True)].shape[-2]) // SPAN))
+        tokens = max(int(t.shape[-2]) for t, batched in zip(tensors, self.tensors, strict=True) if batched)  # a mask may have one row
+        spans = max(1, -(-tokens // SPAN))
         return -(-2 * torch.get_num_threads() // spans)
 
     def part(self, tensors: Sequence[Tensor], sizes: Sequence[int], first: int, end: int) -> tuple[list[Tensor], list[int]]:

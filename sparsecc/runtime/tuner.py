@@ -24,7 +24,15 @@ from sparsecc.ir.ops import ACTIVATIONS, empty_output
 from sparsecc.ir.token_ops import mask_tiles
 from sparsecc.passes.context import Attention, Choice, Problem
 from sparsecc.runtime.between import (
-    AttentionKernel, AttentionSpec, GateKernel, GateSpec, NormKernel, NormSpec, RotaryKernel, TilesKernel, TokensKernel,
+    AttentionKernel,
+    AttentionSpec,
+    GateKernel,
+    GateSpec,
+    NormKernel,
+    NormSpec,
+    RotaryKernel,
+    TilesKernel,
+    TokensKernel,
 )  # fmt: skip
 from sparsecc.runtime.launch import LinearKernel
 
@@ -226,15 +234,15 @@ class Call:
 class AttentionCall:
     """The problem with made-up heads: as torch runs it, as a kernel does between packed linears, and in float64.
 
-    A mask hides a tenth at random, so that no tile is skipped: what it will hide is not known here.
+    What a mask will hide is not known here: with a row for every query it is taken for a causal one, else it hides a tenth at random.
     """
 
     def __init__(self, p: Attention) -> None:
         random = torch.Generator().manual_seed(0)
         make = lambda heads, tokens: torch.randn(p.B, tokens, heads, p.D, generator=random).transpose(1, 2)  # noqa: E731
         self.q, self.k, self.v = make(p.H, p.S), make(p.G, p.Sk), make(p.G, p.Sk)
-        rows = {"rows": p.S, "keys": 1}.get(p.hides)
-        self.mask = None if rows is None else torch.rand(p.B, 1, rows, p.Sk, generator=random) < 0.9
+        causal = torch.ones(p.B, 1, p.S, p.Sk).tril(max(0, p.Sk - p.S)).bool()
+        self.mask = {"rows": causal, "keys": torch.rand(p.B, 1, 1, p.Sk, generator=random) < 0.9}.get(p.hides)
         self.given = {"enable_gqa": p.H != p.G, "is_causal": p.hides == "causal"}
 
     def dense(self) -> Callable[[], Tensor]:

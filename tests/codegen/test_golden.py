@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.host import Isa
+from sparsecc.codegen.tvm.pointwise import mask_tiles_source, rotary_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source
 from sparsecc.formats import parse_format
 
@@ -33,6 +35,10 @@ GOLDENS = {
     "spmv_csr_silu": source("csr", CpuConfig(1, 4), epilogue="silu", regime="one"),
     "spmv_bitmap_panels": source("bitmap.block(4, 1).panels(32)", CpuConfig(1, 4), regime="one"),
     "pack_rows": pack_rows_source(2),
+    "attention_causal": attention_source(AttentionSpec(8, "causal"), 1, 2),
+    "attention_masked": attention_source(AttentionSpec(6, "rows"), 1, 2),
+    "mask_tiles": mask_tiles_source(True, 2),
+    "rotary": rotary_source(1, 2),
 }
 
 

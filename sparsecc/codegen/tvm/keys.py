@@ -22,8 +22,13 @@ HIDDEN = 'T.float32("-inf")'
 class Keys(Protocol):
     """Keys and values of one head, `KEYS` at a time, as float32 scalars."""
 
-    pointers: tuple[str, ...]
-    ints: tuple[str, ...]
+    @property
+    def pointers(self) -> tuple[str, ...]:
+        """The arguments that it adds to the kernel's."""
+        ...
+
+    @property
+    def ints(self) -> tuple[str, ...]: ...
 
     def head(self, w: Writer) -> None:
         """Once per task: `batch` and `shared`, the head of k and v, are bound."""
