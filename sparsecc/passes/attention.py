@@ -12,7 +12,7 @@ from torch import fx
 
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.token_ops import ATTENTION, MASK_TILES, TOKENS
-from sparsecc.passes.site import RESHAPES, Maker, Site, has_tokens, head_views, shape_of, swaps
+from sparsecc.passes.site import RESHAPES, Maker, Site, has_tokens, head_views, same_tokens, shape_of, swaps
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -75,11 +75,11 @@ def _unrepeated(value: Any, H: Any, inside: set[fx.Node], user: fx.Node) -> Any:
     chain: list[Any] = [value]
     for target in (RESHAPES, (aten.expand.default,), (aten.unsqueeze.default,)):
         node = chain[-1]
-        if not isinstance(node, fx.Node) or node.target not in target or (len(chain) < 4 and len(node.users) != 1):
+        if not isinstance(node, fx.Node) or node.target not in target or len(node.users) != 1:
             return value
         chain.append(node.args[0])
     *nodes, x = chain
-    if nodes[2].args[1] not in (2, -3) or len(shape_of(nodes[1])) != 5 or len(shape_of(x)) != 4 or not set(nodes[0].users) <= {user}:
+    if nodes[2].args[1] not in (2, -3) or len(shape_of(nodes[1])) != 5 or len(shape_of(x)) != 4 or list(value.users) != [user]:
         return value
     if [str(s) for s in (*shape_of(x)[:1], H, *shape_of(x)[2:])] != [str(s) for s in shape_of(value)]:
         return value
@@ -131,4 +131,4 @@ def _join(node: fx.Node) -> set[fx.Node]:
     if not swaps(user) or len(user.users) != 1:
         return set()
     joined = next(iter(user.users))
-    return found | {user, joined} if joined.target in RESHAPES and len(shape_of(joined)) == 3 else set()
+    return found | {user, joined} if joined.target in RESHAPES and same_tokens(user, joined, 3) else set()

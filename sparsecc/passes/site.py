@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,10 +56,10 @@ class Maker:
         return self.made.get(node, node)
 
     def once(self, node: fx.Node, target: Any, *args: Any) -> fx.Node:
-        """target(node, *args), right behind the node."""
+        """target(node, *args), right behind the node, or behind the last input."""
         key = (node, target, args)
         if key not in self.shared:
-            with self.program.graph.inserting_after(node):
+            with self.program.graph.inserting_after(self.program.inputs[-1] if node.op == "placeholder" else node):
                 self.shared[key] = self.program.graph.call_function(target, (node, *args))
         return self.shared[key]
 
@@ -74,7 +74,7 @@ def has_tokens(x: Any) -> bool:
     return hint is None or hint >= TOKEN_TILE
 
 
-def root(value: Any, views: Sequence[fx.Node] | set[fx.Node] | frozenset[fx.Node]) -> fx.Node:
+def root(value: Any, views: set[fx.Node]) -> fx.Node:
     """What a view is a view of."""
     while value in views:
         value = value.args[0]
@@ -86,7 +86,7 @@ def head_views(value: fx.Node, views: set[fx.Node]) -> None:
     if not swaps(value):
         return
     split = value.args[0]
-    if isinstance(split, fx.Node) and split.target in RESHAPES and len(shape_of(split.args[0])) == 3:
+    if isinstance(split, fx.Node) and split.target in RESHAPES and same_tokens(split, split.args[0], 3):
         views |= {value, split}
         cut_views(split.args[0], views)
 
@@ -103,7 +103,13 @@ def cut_views(value: Any, views: set[fx.Node]) -> None:
             views |= {value, parts}
 
 
+def same_tokens(a: Any, b: Any, rank: int) -> bool:
+    """Whether b has this rank, and both as many sequences and tokens."""
+    return len(shape_of(b)) == rank and [str(size) for size in shape_of(a)[:2]] == [str(size) for size in shape_of(b)[:2]]
+
+
 def swaps(node: fx.Node) -> bool:
+    """Whether it exchanges the middle dimensions of four."""
     return node.target is aten.transpose.int and tuple(node.args[1:]) in ((1, 2), (2, 1)) and len(shape_of(node)) == 4
 
 
@@ -121,5 +127,6 @@ def factors(node: fx.Node) -> Iterator[tuple[Any, Any]]:
 
 
 def shape_of(node: Any) -> tuple[Any, ...]:
+    """() where none is known."""
     value = value_of(node) if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
