@@ -37,6 +37,7 @@ PATTERNS = {
     "minilm": ["block(4, 1, 0.9)", "block(4, 1, 0.8)", "unstructured(0.9)", "unstructured(0.8)", "nm(2, 4)", "unstructured(0.3)", "dense"],
     "bert": ["block(4, 1, 0.9)", "unstructured(0.9)"],
     "smollm2": ["unstructured(0.5)", "nm(2, 4)"],
+    "smollm2 prefill": ["block(4, 1, 0.9)", "unstructured(0.9)"],
 }
 SHAPES = {"bert": ["768x768", "3072x768", "768x3072"], "llama": ["4096x4096", "11008x4096"]}
 CONTESTANTS = ("eager fp32", "compile fp32", "freezing fp32", "eager bf16", "compile bf16", "sparsecc")

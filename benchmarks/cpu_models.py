@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_models '{"task": "measure", "model": "minilm", "pattern": "block(4, 1, 0.9)", "threads": 1}' OUT.jsonl
 
-Encoders run a batch of full rows. The decoder runs one token on a KV cache that holds a prompt.
+Encoders run a batch of full rows. The decoder runs one token on a KV cache that holds a prompt, or, as "smollm2 prefill", a prompt
+without a cache up to the logits of its last token.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ BF16 = ("eager bf16", "compile bf16")
 CALLS = 3
 """Calls per sample: a model that runs alone finds its own weights in the shared cache, one that takes turns with five others does not."""
 ROUNDS = 7
+LONG = 0.2
+"""Seconds: what takes longer is called once per sample."""
 
 
 @dataclass(frozen=True)
@@ -72,68 +75,102 @@ class Encoder:
         return {"errors": errors}
 
 
+class Prefill:
+    """A Llama decoder that reads a batch of full rows of real text and gives the logits of the last token of each."""
+
+    def __init__(self, model: Any, tokenizer: Any, job: Job) -> None:
+        self.model, self.tokens = model, f"{job.batch} x {job.seq}"
+        text = tokenizer(" ".join(models.sentences(400)), return_tensors="pt")["input_ids"]
+        self._ids = text[:, : job.batch * job.seq].view(job.batch, job.seq)
+        self._call: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+
+    def bind(self, call: Callable[..., Any], eager: nn.Module) -> Callable[[], Tensor]:
+        """f32 or bf16 [batch, 1, vocabulary]."""
+        return lambda: call(input_ids=self._ids, **self._call).logits
+
+    def first(self, compiled: Callable[..., Any]) -> None:
+        """What a user waits for."""
+        self.bind(compiled, self.model)()
+
+    def check(self, compiled: Callable[..., Any], quick: bool) -> dict[str, Any]:
+        """{"errors": {shape: largest error as a fraction of the largest logit}}, with rows padded on the left but for one."""
+        errors, S = {}, min(37, self._ids.shape[1])
+        for batch in (1,) if quick else (1, 3):
+            ids = self._ids[:1, :S].repeat(batch, 1)
+            given = {"input_ids": ids, "attention_mask": (torch.arange(S) >= 5 * torch.arange(batch)[:, None]).long(), **self._call}
+            errors[f"{batch} x {S}"] = error(compiled(**given).logits, self.model(**given).logits)
+        return {"errors": errors}
+
+
 def error(out: Tensor, wanted: Tensor) -> float:
     """Largest absolute difference, as a fraction of the largest magnitude wanted."""
     return float((out.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 
 
-def sparsity_of(pattern: str) -> str | None:
+def sparsity_of(job: Job) -> Any:
     """What `compile` is told: the pattern, or nothing where too few zeros are there for a user to ask for their use."""
-    few = re.fullmatch(r"unstructured\((0?\.\d+)\)", pattern)
-    return None if pattern == "dense" or (few and float(few[1]) < 0.5) else pattern
+    few = re.fullmatch(r"unstructured\((0?\.\d+)\)", job.pattern)
+    if job.pattern == "dense" or (few and float(few[1]) < 0.5):
+        return None
+    return {"*": job.pattern, "lm_head": "dense"} if job.model == "smollm2 prefill" else job.pattern
 
 
-def case_of(job: Job) -> Encoder | Decoder:
+Case = Encoder | Decoder | Prefill
+
+
+def case_of(job: Job) -> Case:
     """The pruned model and how it is called. By magnitude; the decoder by Wanda, so that it still writes sentences."""
     if job.model == "smollm2":
         decoder = Decoder(models.smollm2(), models.smollm2_tokenizer())
         if job.pattern != "dense":
             sparsecc.prune(decoder.model, job.pattern, criterion="wanda", calibration=decoder.calibration())
         return decoder
-    model = {"minilm": models.minilm, "bert": models.bert_base}[job.model]()
+    model: Any = {"minilm": models.minilm, "bert": models.bert_base, "smollm2 prefill": models.smollm2}[job.model]()
     if job.pattern != "dense":
         sparsecc.prune(model, job.pattern)
-    return Encoder(model, job)
+    return Prefill(model, models.smollm2_tokenizer(), job) if job.model == "smollm2 prefill" else Encoder(model, job)
 
 
 def compile_seconds(job: Job) -> dict[str, Any]:
     """From a loaded model to its first output, all that was imported on the way included."""
     case = case_of(job)
     start = time.perf_counter()
-    case.first(sparsecc.compile(case.model, sparsity=sparsity_of(job.pattern)))
+    case.first(sparsecc.compile(case.model, sparsity=sparsity_of(job)))
     return {"seconds": time.perf_counter() - start}
 
 
 def measure(job: Job) -> dict[str, Any]:
     """Check, then one interleaved run of every contestant. `speedup` holds medians of ratios between neighbours in time."""
     case = case_of(job)
-    compiled = sparsecc.compile(case.model, sparsity=sparsity_of(job.pattern))
+    compiled = sparsecc.compile(case.model, sparsity=sparsity_of(job))
     ours = case.bind(compiled, case.model)
-    row: dict[str, Any] = {**asdict(job), "tokens": case.tokens, "sparsity": sparsity_of(job.pattern)}
+    row: dict[str, Any] = {**asdict(job), "tokens": case.tokens, "sparsity": sparsity_of(job)}
     row["error"] = error(ours(), case.bind(case.model, case.model)())
     explained = compiled.explain(len(compiled.graphs) - 1)
     totals = explained.totals()
     row["layers"] = {kind: totals[kind] for kind in ("sparse", "dense")}
     row["dense_because"] = sorted({str(r.reason) for r in explained.regions if not is_sparse(r)})[:5]
     contestants, row["failed"] = _contestants(case, job.quick)
-    timings = interleaved({"sparsecc": _sample(ours), **contestants}, job.seconds * (1 + len(contestants)), 2 if job.quick else ROUNDS)
-    row |= summary(timings)
+    calls = CALLS if _seconds(ours) * CALLS < LONG else 1
+    samples = {name: _sample(call, calls) for name, call in {"sparsecc": ours, **contestants}.items()}
+    timings = interleaved(samples, job.seconds * len(samples), 2 if job.quick else ROUNDS)
+    row |= summary(timings, calls)
     return row | case.check(compiled, job.quick)
 
 
-def summary(timings: dict[str, Timing]) -> dict[str, Any]:
+def summary(timings: dict[str, Timing], calls: int = CALLS) -> dict[str, Any]:
     """Milliseconds a call, the speed-up over each contestant, and over the best of them (None where none ran)."""
     speedup = {name: t.ratio for name, t in timings.items() if name != "sparsecc"}
     return {
-        "ms": {name: 1e3 * t.median / CALLS for name, t in timings.items()},
-        "best_ms": {name: 1e3 * t.best / CALLS for name, t in timings.items()},
+        "ms": {name: 1e3 * t.median / calls for name, t in timings.items()},
+        "best_ms": {name: 1e3 * t.best / calls for name, t in timings.items()},
         "speedup": speedup,
         "vs_fp32": min((speedup[name] for name in FP32 if name in speedup), default=None),
         "vs_any": min(speedup.values(), default=None),
     }
 
 
-def _contestants(case: Encoder | Decoder, quick: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+def _contestants(case: Case, quick: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """Dense torch in every form that compiles here, warmed up, and why the others do not run. Forms differ in `options`, since
     Dynamo shares code between models that it cannot tell apart."""
     half = copy.deepcopy(case.model).bfloat16()
@@ -154,16 +191,22 @@ def _contestants(case: Encoder | Decoder, quick: bool) -> tuple[dict[str, Callab
         except Exception as problem:  # no C++ compiler, a bug of this release: the others still compare
             failed[name] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:300]
         else:
-            built[name] = _sample(run)
+            built[name] = run
     return built, failed
 
 
-def _sample(run: Callable[[], Any]) -> Callable[[], None]:
-    def calls() -> None:
-        for _ in range(CALLS):
+def _sample(run: Callable[[], Any], calls: int) -> Callable[[], None]:
+    def sample() -> None:
+        for _ in range(calls):
             run()
 
-    return calls
+    return sample
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
-"""What stands between linears in the dialect, so that values stay token-minor from one linear to the next: `sparsecc::norm`,
-`sparsecc::attention`, and `sparsecc::key_mask`, which prepares a mask once for all layers.
+"""What stands between linears in the dialect, so that values stay token-minor from one linear to the next.
 
-    norm(x, weight, bias)       layer norm or RMS norm over the last dimension     x [..., N] -> [..., N]
-    attention(q, k, v, mask)    softmax(scale * q k^T + mask^T) v                  q [B, H, S, D], k and v [B, G, Sk, D] -> [B, H, S, D]
-    key_mask(mask)              what is added to the scores, keys first            f32[(B, H,) S, Sk] -> f32[B or 1, H or 1, Sk, S]
+    norm(x, weight, bias)             layer norm or RMS norm over the last dimension     x [..., N] -> [..., N]
+    gate(a, b)                        act(a) * b                                         [..., F], [..., F] -> [..., F]
+    rotary(x, cos, sin)               x * cos + half_turn(x) * sin, position embedding   x [B, H, S, D] -> [B, H, S, D]
+    attention(q, k, v, mask, tiles)   softmax(scale * q k^T + mask) v                    q [B, H, S, D], k, v [B, G, Sk, D] -> as q
+    tokens(x)                         x itself, token-minor: once for all who read it    [..., S, F] -> [..., S, F]
+    mask_tiles(mask)                  what a mask hides, by tiles of TILE x TILE         [..., S, Sk] -> [..., S / TILE, Sk / TILE]
 
-`kernel` is a key of `KERNELS`, as in `sparsecc::linear`; without one the dense meaning runs.
+Results are token-minor but for those of mask_tiles and of a norm that ends the chain. `kernel` is a key of `KERNELS`, as in
+`sparsecc::linear`; without one the dense meaning runs.
 """
 from __future__ import annotations
 
@@ -15,9 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output, token_row
+from sparsecc.errors import ShapeError
+from sparsecc.ir.ops import ACTIVATIONS, KERNELS, LIBRARY, LINEAR, empty_output
 
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+TILE = 64
+"""Queries and keys of a mask that are hidden, open or mixed together."""
+
+HIDDEN, OPEN, MIXED = 0.0, 1.0, 2.0
+"""What `mask_tiles` says of a tile: all -inf, all 0, or anything else."""
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str, layout: str, kernel: str) -> Tensor:
@@ -34,56 +44,119 @@ def norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: 
     return empty_output(x, x.shape[-1], layout)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str) -> Tensor:
-    """The result is token-minor. `mask` comes from `key_mask`. A query whose every key is masked by -inf gets 0, as in torch."""
+def gate(a: Tensor, b: Tensor, activation: str, kernel: str) -> Tensor:
+    """`activation` is a key of `ACTIVATIONS`."""
     fn: Any = KERNELS.get(kernel)
     if fn is not None:
-        return fn(q, k, v, mask, scale)
-    bias = None if mask is None else mask.transpose(-1, -2).to(q.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return fn(a, b)
+    return empty_output(a, a.shape[-1], "token").copy_(ACTIVATIONS[activation].fn(a) * b)
+
+
+def gate_fake(a: Tensor, b: Tensor, activation: str, kernel: str) -> Tensor:
+    """Shape, dtype and strides of the result."""
+    return empty_output(a, a.shape[-1], "token")
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, kernel: str) -> Tensor:
+    """cos and sin [B or 1, 1, S, D]; D is even. half_turn(x) = [-x's second half, x's first half] (RoFormer, Su et al. 2021, in the
+    order of features that Llama's checkpoints on the hub use)."""
+    fn: Any = KERNELS.get(kernel)
+    if fn is not None:
+        return fn(x, cos, sin)
+    first, second = x.chunk(2, -1)
+    return empty_output(x, x.shape[-1], "token").copy_(x * cos + torch.cat([-second, first], -1) * sin)
+
+
+def rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, kernel: str) -> Tensor:
+    """Shape, dtype and strides of the result."""
+    return empty_output(x, x.shape[-1], "token")
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tiles: Tensor | None, scale: float, causal: bool, kernel: str
+) -> Tensor:
+    """G divides H: heads of q share those of k and v, neighbours first.
+
+    `mask` [(B or 1, H or 1,) S or 1, Sk] is added to the scores; `tiles` is its `mask_tiles`. `causal`, without a mask: query i sees keys
+    0 to i. A query that may see no key gets 0, as in torch. Keys that a whole tile hides count for nothing even where they are NaN.
+    """
+    fn: Any = KERNELS.get(kernel)
+    if fn is not None:
+        return fn(q, k, v, mask, tiles, scale)
+    bias = None if mask is None else mask.to(q.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return empty_output(q, v.shape[-1], "token").copy_(y)
 
 
-def attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str) -> Tensor:
+def attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tiles: Tensor | None, scale: float, causal: bool, kernel: str
+) -> Tensor:
     """Shape, dtype and strides of the result."""
     return empty_output(q, v.shape[-1], "token")
 
 
-def key_mask(mask: Tensor, kernel: str) -> Tensor:
-    """The same values; a broadcast batch or head is stored once."""
-    mask = _once(mask)
+def tokens(x: Tensor, kernel: str) -> Tensor:
+    """The same values."""
     fn: Any = KERNELS.get(kernel)
-    return fn(mask) if fn is not None else _empty_mask(mask).copy_(mask.transpose(-1, -2))
+    return fn(x) if fn is not None else empty_output(x, x.shape[-1], "token").copy_(x)
 
 
-def key_mask_fake(mask: Tensor, kernel: str) -> Tensor:
+def tokens_fake(x: Tensor, kernel: str) -> Tensor:
     """Shape, dtype and strides of the result."""
-    return _empty_mask(_once(mask))
+    return empty_output(x, x.shape[-1], "token")
 
 
-def _once(mask: Tensor) -> Tensor:
-    mask = mask[(None,) * (4 - mask.ndim)]
-    for dim in (0, 1):
-        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
-    return mask
+def mask_tiles(mask: Tensor, kernel: str) -> Tensor:
+    """HIDDEN, OPEN or MIXED, in float32. A mask of one row speaks for all queries."""
+    fn: Any = KERNELS.get(kernel)
+    if fn is not None:
+        return fn(mask)
+    pad = (0, -mask.shape[-1] % TILE, 0, -mask.shape[-2] % TILE)
+
+    def everywhere(fits: Tensor) -> Tensor:
+        return F.pad(fits, pad, value=True).unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE)).all(-1).all(-2)
+
+    found = torch.full_like(mask_tiles_fake(mask, kernel), MIXED)
+    return found.masked_fill_(everywhere(mask == 0), OPEN).masked_fill_(everywhere(mask == -torch.inf), HIDDEN)
 
 
-def _empty_mask(mask: Tensor) -> Tensor:
-    B, H, S, Sk = mask.shape
-    return mask.new_empty((B, H, Sk, token_row(S)), dtype=torch.float32)[..., :S]
+def mask_tiles_fake(mask: Tensor, kernel: str) -> Tensor:
+    """Shape, dtype and strides of the result."""
+    S, Sk = mask.shape[-2:]
+    return mask.new_empty((*mask.shape[:-2], (S + TILE - 1) // TILE, (Sk + TILE - 1) // TILE), dtype=torch.float32)
 
 
-LIBRARY.define("norm(Tensor x, Tensor weight, Tensor? bias, float eps, str kind, str layout, str kernel) -> Tensor", tags=TAGS)
-LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str kernel) -> Tensor", tags=TAGS)
-LIBRARY.define("key_mask(Tensor mask, str kernel) -> Tensor", tags=TAGS)
-for _name, _meaning, _fake in (("norm", norm, norm_fake), ("attention", attention, attention_fake), ("key_mask", key_mask, key_mask_fake)):
-    LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparsecc::{_name}", _fake, lib=LIBRARY)
+def _define(name: str, arguments: str, meaning: Any, fake: Any) -> Any:
+    LIBRARY.define(f"{name}({arguments}, str kernel) -> Tensor", tags=TAGS)
+    LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsecc::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.sparsecc, name).default
 
-NORM = torch.ops.sparsecc.norm.default
-ATTENTION = torch.ops.sparsecc.attention.default
-KEY_MASK = torch.ops.sparsecc.key_mask.default
+
+NORM = _define("norm", "Tensor x, Tensor weight, Tensor? bias, float eps, str kind, str layout", norm, norm_fake)
+GATE = _define("gate", "Tensor a, Tensor b, str activation", gate, gate_fake)
+ROTARY = _define("rotary", "Tensor x, Tensor cos, Tensor sin", rotary, rotary_fake)
+ATTENTION = _define(
+    "attention", "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? tiles, float scale, bool causal", attention, attention_fake
+)
+TOKENS = _define("tokens", "Tensor x", tokens, tokens_fake)
+MASK_TILES = _define("mask_tiles", "Tensor mask", mask_tiles, mask_tiles_fake)
 """The overloads that stand in graphs."""
 
-DIALECT = (LINEAR, NORM, ATTENTION, KEY_MASK)
+MEANINGS: dict[Any, Any] = {NORM: norm, GATE: gate, ROTARY: rotary, ATTENTION: attention, TOKENS: tokens, MASK_TILES: mask_tiles}
+"""What to call without the dispatcher."""
+
+DIALECT = (LINEAR, *MEANINGS)
 """Ops that kernels run; the kernel's key is their last argument."""
+
+
+def layout_of(target: Any, args: Any) -> str:
+    """How the result of a dialect op lies."""
+    at = {LINEAR: 6, NORM: 5}.get(target)
+    return str(args[at]) if at is not None else "row" if target is MASK_TILES else "token"
+
+
+def check_mask(mask: Tensor, S: int, Sk: int) -> None:
+    """Raise ShapeError unless the mask fits S queries and Sk keys."""
+    if mask.ndim < 2 or mask.shape[-1] != Sk or mask.shape[-2] not in (1, S):
+        raise ShapeError(f"attention: the mask is {list(mask.shape)}, wanted queries (or 1) x keys {[S, Sk]} last")

@@ -45,7 +45,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Attention:
-    """q f32[B, H, S, D]; k and v f32[B, G, Sk, D]. `masked`: a mask is added to the scores."""
+    """q f32[B, H, S, D]; k and v f32[B, G, Sk, D]. `hides`: what queries may not see, see `AttentionSpec`."""
 
     B: int
     H: int
@@ -53,13 +53,14 @@ class Attention:
     S: int
     Sk: int
     D: int
-    masked: bool
+    hides: str
 
 
 class Tuner(Protocol):
-    """The target, as far as passes need it. `token_minor`: whether its kernels like values between them token-minor."""
+    """The target, as far as passes need it. `between`: its kernels for what stands between linears, None if it has none and takes values
+    row by row."""
 
-    token_minor: bool
+    between: Between | None
 
     def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
         """Storage for the weight's zeros that is worth trying, the natural one first; values are rounded only to a codec by name."""
@@ -76,12 +77,32 @@ class Tuner(Protocol):
         """The key that stands in the program, and the code behind it. `dtype`: of the activations; `tokens`: M that `config` is for."""
         ...
 
+
+class Between(Protocol):
+    """Kernels for what stands between linears whose values are token-minor."""
+
     def norm(self, kind: str, layout: str) -> tuple[str, Any]:
         """Key and code of `sparsecc.norm`."""
         ...
 
-    def attention(self, D: int, masked: bool) -> tuple[str, Any]:
+    def gate(self, activation: str) -> tuple[str, Any]:
+        """Key and code of `sparsecc.gate`."""
+        ...
+
+    def rotary(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.rotary`."""
+        ...
+
+    def attention(self, D: int, hides: str) -> tuple[str, Any]:
         """Key and code of `sparsecc.attention`."""
+        ...
+
+    def tokens(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.tokens`."""
+        ...
+
+    def mask_tiles(self, rows: bool) -> tuple[str, Any]:
+        """Key and code of `sparsecc.mask_tiles`."""
         ...
 
     def attention_pays(self, problem: Attention) -> bool:

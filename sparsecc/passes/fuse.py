@@ -84,14 +84,15 @@ def _single(node: Any) -> LinearView | None:
 
 def _activation(program: Program, node: fx.Node) -> fx.Node | None:
     """gelu(linear(...)) --> linear(..., epilogue="gelu"); it stays where the linear is, so no read moves"""
-    name, view = _activation_name(node), _single(node.args[0] if node.args else node.kwargs.get("input"))
+    name, view = activation_name(node), _single(node.args[0] if node.args else node.kwargs.get("input"))
     if view is None or view.epilogue or name is None:
         return None
     view.replace(epilogue=name)
     return view.node
 
 
-def _activation_name(node: fx.Node) -> str | None:
+def activation_name(node: fx.Node) -> str | None:
+    """The key in `ACTIVATIONS` of a node whose target is in `ACTIVATION_TARGETS`."""
     name = ACTIVATION_TARGETS[node.target]
     if name != "gelu":
         return name

@@ -15,7 +15,7 @@ from torch import fx
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
-from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
+from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.passes.context import Context
 from sparsecc.passes.pack import tokens_of
 
@@ -59,24 +59,35 @@ class Lower:
                 view.replace(kernel=DENSE)  # low-rank terms and the reference target
         for node in program.graph.nodes:
             if node.target in BETWEEN:
-                _name_kernel(node, tuner)
+                _name_kernel(node, None if tuner is None else tuner.between)
         program.rewrite(self.rules)
 
 
 BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
-    NORM: lambda tuner, node: tuner.norm(*node.args[4:6]),
-    ATTENTION: lambda tuner, node: tuner.attention(_head_size(node), node.args[3] is not None),
-    KEY_MASK: lambda tuner, node: tuner.key_mask(),
+    NORM: lambda between, node: between.norm(*node.args[4:6]),
+    GATE: lambda between, node: between.gate(node.args[2]),
+    ROTARY: lambda between, node: between.rotary(),
+    ATTENTION: lambda between, node: between.attention(_head_size(node), "causal" if node.args[6] else hides(node.args[3])),
+    TOKENS: lambda between, node: between.tokens(),
+    MASK_TILES: lambda between, node: between.mask_tiles(hides(node.args[0]) == "rows"),
 }
 """The kernels of what stands between linears, and the keys by which programs name them."""
 
 
-def _name_kernel(node: fx.Node, tuner: Any) -> None:
+def _name_kernel(node: fx.Node, between: Any) -> None:
     """The kernel is the last argument."""
     key = DENSE
-    if tuner is not None:
-        key, KERNELS[key] = BETWEEN[node.target](tuner, node)
+    if between is not None:
+        key, KERNELS[key] = BETWEEN[node.target](between, node)
     node.args = (*node.args[:-1], key)
+
+
+def hides(mask: Any) -> str:
+    """What a mask hides, as kernels call it: one row may speak for all queries."""
+    if mask is None:
+        return ""
+    rows = value_of(mask).shape[-2]
+    return "keys" if isinstance(rows, int) and rows == 1 else "rows"
 
 
 def _head_size(node: fx.Node) -> int:

@@ -25,11 +25,11 @@ from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
 from sparsecc.ir.program import Program, get_attr, make_module
-from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
+from sparsecc.ir.token_ops import layout_of
 from sparsecc.runtime.record import NotAView, Pool, Recorder, Replay
 
 aten = torch.ops.aten
-KINDS: dict[Any, Any] = {LINEAR: ops.linear, NORM: token_ops.norm, ATTENTION: token_ops.attention, KEY_MASK: token_ops.key_mask}
+KINDS: dict[Any, Any] = {LINEAR: ops.linear, **token_ops.MEANINGS}
 """Ops that kernels run, and what to call without the dispatcher."""
 VIEWS = {
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor,
@@ -81,7 +81,7 @@ class Chain:
         except NotAView:
             with Recorder(_pool()) as recorder:
                 outputs = self.run(tensors, sizes, recorder)
-        plan = Replay.of(recorder, tensors, outputs)
+        plan = Replay.of(recorder, tensors, outputs, self.kernels())
         if plan is not None:
             while len(plans) >= PLANS:
                 plans.pop(next(iter(plans)))
@@ -89,6 +89,10 @@ class Chain:
         for t, output in zip(into, outputs, strict=False):
             t.copy_(output)
         return list(into) or outputs
+
+    def kernels(self) -> list[Any]:
+        """What runs the nodes at present: another compilation may put its own in their place."""
+        return [KERNELS.get(node.args[-1]) for node in self.gm.graph.nodes if node.target in KINDS]
 
     def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any], recorder: Recorder | None = None) -> list[Tensor]:
         """Node by node."""
@@ -126,7 +130,8 @@ class Batch:
 
     def step(self, tensors: Sequence[Tensor]) -> int:
         """As few sequences as give every thread two spans: fewer would leave it waiting for weights."""
-        spans = max(1, -(-int(tensors[self.tensors.index(True)].shape[-2]) // SPAN))
+        tokens = max(int(t.shape[-2]) for t, batched in zip(tensors, self.tensors, strict=True) if batched)  # a mask may have one row
+        spans = max(1, -(-tokens // SPAN))
         return -(-2 * torch.get_num_threads() // spans)
 
     def part(self, tensors: Sequence[Tensor], sizes: Sequence[int], first: int, end: int) -> tuple[list[Tensor], list[int]]:
@@ -151,8 +156,7 @@ class Result:
             for d, size in enumerate(getattr(value_of(tensor), "shape", ())):
                 known.setdefault(str(size), (t, d))
         sizes = [size if isinstance(size, int) else known.get(str(size)) for size in getattr(value, "shape", (None,))]
-        layout = node.args[6] if node.target is LINEAR else node.args[5] if node.target is NORM else "token"
-        return None if None in sizes else Result(value.dtype, str(layout), tuple(sizes))  # type: ignore[arg-type]
+        return None if None in sizes else Result(value.dtype, layout_of(node.target, node.args), tuple(sizes))  # type: ignore[arg-type]
 
     def fake(self, tensors: Sequence[Tensor]) -> Tensor:
         """Shape, dtype and strides."""

@@ -22,10 +22,9 @@ from sparsecc.codegen.triton.compiler import Binary
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.facts import dtype_of, spec_of
 from sparsecc.codegen.triton.storage import storage
-from sparsecc.errors import TargetError
 from sparsecc.formats import Format, Pattern
 from sparsecc.formats.grid import kept_blocks
-from sparsecc.passes.context import Attention, Choice, Problem
+from sparsecc.passes.context import Choice, Problem
 from sparsecc.runtime.calls import Call
 from sparsecc.runtime.gpu import Elsewhere, GpuLinear
 from sparsecc.runtime.vendor import VendorConfig, VendorLinear, vendors
@@ -56,7 +55,7 @@ class GpuTuner:
     seconds: float = 45.0
     cache: TuneCache = field(default_factory=TuneCache)
     on_choice: Callable[[str], None] = lambda text: None
-    token_minor: bool = field(default=False, init=False)
+    between: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
@@ -89,18 +88,6 @@ class GpuTuner:
         if key not in self._kernels:
             self._kernels[key] = self._make(spec, chosen, shape)
         return key, self._kernels[key]
-
-    def norm(self, kind: str, layout: str) -> tuple[str, Any]:
-        """Norms are the remainder's here."""
-        raise TargetError("this target has no kernel for norms")
-
-    def attention(self, D: int, masked: bool) -> tuple[str, Any]:
-        """Attention is the remainder's here."""
-        raise TargetError("this target has no kernel for attention")
-
-    def attention_pays(self, problem: Attention) -> bool:
-        """torch's own is used."""
-        return False
 
     def _make(self, spec: KernelSpec, config: Config, shape: tuple[int, int]) -> Any:
         if self.mode == "elsewhere":

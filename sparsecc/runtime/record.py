@@ -155,9 +155,11 @@ class Replay:
     outputs: list[list[Slot]]
     shapes: list[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
     """Of each output: elements of its storage, dtype, size, strides."""
+    keep: Sequence[Any] = ()
+    """Owners of memory that the calls know by its address alone."""
 
     @staticmethod
-    def of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Replay | None:
+    def of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Sequence[Tensor], keep: Sequence[Any] = ()) -> Replay | None:
         """None if the run was more than kernels, or an output is no kernel's own."""
         if recorder.foreign or not recorder.calls or any(t.storage_offset() for t in outputs):
             return None
@@ -167,7 +169,7 @@ class Replay:
         run, slots = _calls(recorder.calls)
         found = [_inside(slots, t) for t in (*inputs, *outputs)]
         shapes = [(t.untyped_storage().nbytes() // t.itemsize, t.dtype, tuple(t.shape), t.stride()) for t in outputs]
-        return Replay(run, found[: len(inputs)], found[len(inputs) :], shapes)
+        return Replay(run, found[: len(inputs)], found[len(inputs) :], shapes, keep)
 
     def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
         """The outputs: new tensors, or those given, which must have the recorded sizes and strides."""

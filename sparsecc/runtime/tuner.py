@@ -23,10 +23,20 @@ from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Dense, Format, Pattern
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
-from sparsecc.ir.token_ops import key_mask
+from sparsecc.ir.token_ops import mask_tiles
 from sparsecc.passes.context import Attention, Choice, Problem
 from sparsecc.passes.pack import formats_for
-from sparsecc.runtime.between import AttentionKernel, AttentionSpec, MaskKernel, NormKernel, NormSpec
+from sparsecc.runtime.between import (
+    AttentionKernel,
+    AttentionSpec,
+    GateKernel,
+    GateSpec,
+    NormKernel,
+    NormSpec,
+    RotaryKernel,
+    TilesKernel,
+    TokensKernel,
+)  # fmt: skip
 from sparsecc.runtime.calls import Call
 from sparsecc.runtime.launch import LinearKernel
 
@@ -46,11 +56,11 @@ class CpuTuner:
     seconds: float = 45.0
     cache: TuneCache = field(default_factory=TuneCache)
     on_choice: Callable[[str], None] = lambda text: None
-    token_minor: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
         self._kernels: dict[str, LinearKernel] = {}
+        self.between = self
         self.notes: dict[str, str] = {}  # for the explanation's header
 
     def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
@@ -86,16 +96,32 @@ class CpuTuner:
     def norm(self, kind: str, layout: str) -> tuple[str, NormKernel]:
         """The key that stands in the program, and the kernel."""
         spec = NormSpec(kind, layout)
-        return f"cpu:{self.backend.isa.name} {spec}", NormKernel(self.backend, spec)
+        return self._named(spec), NormKernel(self.backend, spec)
 
-    def attention(self, D: int, masked: bool) -> tuple[str, AttentionKernel]:
+    def gate(self, activation: str) -> tuple[str, GateKernel]:
         """The key that stands in the program, and the kernel."""
-        spec = AttentionSpec(D, masked)
-        return f"cpu:{self.backend.isa.name} {spec}", AttentionKernel(self.backend, spec)
+        spec = GateSpec(activation)
+        return self._named(spec), GateKernel(self.backend, spec)
 
-    def key_mask(self) -> tuple[str, MaskKernel]:
+    def rotary(self) -> tuple[str, RotaryKernel]:
         """The key that stands in the program, and the kernel."""
-        return f"cpu:{self.backend.isa.name} key mask", MaskKernel(self.backend)
+        return self._named("rotary"), RotaryKernel(self.backend)
+
+    def attention(self, D: int, hides: str) -> tuple[str, AttentionKernel]:
+        """The key that stands in the program, and the kernel."""
+        spec = AttentionSpec(D, hides)
+        return self._named(spec), AttentionKernel(self.backend, spec)
+
+    def tokens(self) -> tuple[str, TokensKernel]:
+        """The key that stands in the program, and the kernel."""
+        return self._named("tokens"), TokensKernel(self.backend)
+
+    def mask_tiles(self, rows: bool) -> tuple[str, TilesKernel]:
+        """The key that stands in the program, and the kernel."""
+        return self._named(f"mask tiles {'rows' if rows else 'keys'}"), TilesKernel(self.backend, rows)
+
+    def _named(self, what: object) -> str:
+        return f"cpu:{self.backend.isa.name} {what}"
 
     def attention_pays(self, problem: Attention) -> bool:
         """Timed against torch's scaled_dot_product_attention, each on the layout it likes. Without tuning the kernel is trusted."""
@@ -106,7 +132,7 @@ class CpuTuner:
         found = self.cache.get(key)
         if found is None:
             call = AttentionCall(problem)
-            _, kernel = self.attention(problem.D, problem.masked)
+            _, kernel = self.attention(problem.D, problem.hides)
             entrant = Candidate("token-minor", 0.0, lambda: call.candidate(kernel))
             results = contest(Candidate("dense", 1.0, call.dense), [entrant], call.reference, TOLERANCE, self.effort, self._deadline)
             found = {"results": [vars(r) for r in results]}
@@ -179,29 +205,35 @@ class CpuTuner:
 
 
 class AttentionCall:
-    """The problem with made-up heads: as torch runs it, as a kernel does between packed linears, and in float64."""
+    """The problem with made-up heads: as torch runs it, as a kernel does between packed linears, and in float64.
+
+    What a mask will hide is not known here: with a row for every query it is taken for a causal one, else it hides a tenth at random.
+    """
 
     def __init__(self, p: Attention) -> None:
         random = torch.Generator().manual_seed(0)
         make = lambda heads, tokens: torch.randn(p.B, tokens, heads, p.D, generator=random).transpose(1, 2)  # noqa: E731
         self.q, self.k, self.v = make(p.H, p.S), make(p.G, p.Sk), make(p.G, p.Sk)
-        self.mask = torch.rand(p.B, 1, p.S, p.Sk, generator=random) < 0.9 if p.masked else None
-        self.gqa = p.H != p.G
+        causal = torch.ones(p.B, 1, p.S, p.Sk).tril(max(0, p.Sk - p.S)).bool()
+        self.mask = {"rows": causal, "keys": torch.rand(p.B, 1, 1, p.Sk, generator=random) < 0.9}.get(p.hides)
+        self.given = {"enable_gqa": p.H != p.G, "is_causal": p.hides == "causal"}
 
     def dense(self) -> Callable[[], Tensor]:
         """torch's own code."""
-        return lambda: F.scaled_dot_product_attention(self.q, self.k, self.v, self.mask, enable_gqa=self.gqa)
+        return lambda: F.scaled_dot_product_attention(self.q, self.k, self.v, self.mask, **self.given)
 
     def candidate(self, kernel: AttentionKernel) -> Callable[[], Tensor]:
         """The kernel on token-minor heads."""
         q, k, v = (empty_output(t, t.shape[-1], "token").copy_(t) for t in (self.q, self.k, self.v))
-        mask, scale = None if self.mask is None else key_mask(self.mask.float().log(), ""), q.shape[-1] ** -0.5
-        return lambda: kernel(q, k, v, mask, scale)
+        mask, scale = None if self.mask is None else self.mask.float().log(), q.shape[-1] ** -0.5
+        if mask is not None and mask.shape[-2] > 1:
+            mask = empty_output(mask, mask.shape[-1], "token").copy_(mask)
+        tiles = None if mask is None else mask_tiles(mask, "")
+        return lambda: kernel(q, k, v, mask, tiles, scale)
 
     def reference(self) -> Tensor:
         """float64."""
-        q, k, v = self.q.double(), self.k.double(), self.v.double()
-        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=self.gqa)
+        return F.scaled_dot_product_attention(self.q.double(), self.k.double(), self.v.double(), self.mask, **self.given)
 
 
 def _failed(result: Result) -> bool:

@@ -14,8 +14,10 @@ import pytest
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.linear import linear_source
+from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.host import Isa
+from sparsecc.codegen.tvm.pointwise import mask_tiles_source, rotary_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source
 from sparsecc.formats import parse_format
 
@@ -49,6 +51,10 @@ GOLDENS = {
     "triton_bitmap": triton("bitmap(64).f16.panels(64)", GpuConfig(), dtype="f16", ragged=True, tail=True),
     "triton_csr_blocks": triton("bsr(4, 1)", GpuConfig(bm=64, bn=16, stages=1)),
     "triton_nm_and_csr": triton("packed_nm(2, 4).f16 + csr.f16", GpuConfig(bm=16, bn=16), regime="few", dtype="f16"),
+    "attention_causal": attention_source(AttentionSpec(8, "causal"), 1, 2),
+    "attention_masked": attention_source(AttentionSpec(6, "rows"), 1, 2),
+    "mask_tiles": mask_tiles_source(True, 2),
+    "rotary": rotary_source(1, 2),
 }
 
 

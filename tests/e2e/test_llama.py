@@ -72,6 +72,43 @@ def test_without_a_cache_it_is_exported() -> None:
     assert len(compiled.graphs) == 1
 
 
+def padded(batch: int, tokens: int, side: str) -> torch.Tensor:
+    """Attention masks i64 [batch, tokens] of rows of any length, the first full."""
+    at = torch.arange(tokens) if side == "right" else torch.arange(tokens - 1, -1, -1)
+    return (at < torch.linspace(tokens, 1, batch).long()[:, None]).long()
+
+
+@pytest.mark.parametrize("pattern", ["block(4, 1, 0.9)", "unstructured(0.9)"])
+def test_prefill_is_one_chain(pattern: str) -> None:
+    """Grouped heads of 24 features, which fill no vector; every mask, and shapes that come again."""
+    model = llama_stack(96, 160, 2, heads=4, kv_heads=2, vocab=128, head_dim=24)
+    spec = {"*": pattern, "lm_head": "dense"}
+    sparsecc.prune(model, spec)
+    compiled = sparsecc.compile(model, sparsity=spec, autotune="none", remainder="eager")
+    for batch, tokens in ((1, 20), (3, 20), (1, 130), (3, 70), (3, 20), (1, 17)):
+        ids = torch.randint(0, 128, (batch, tokens))
+        for mask in (None, padded(batch, tokens, "left"), padded(batch, tokens, "right")):
+            got, want = (m(ids, attention_mask=mask, use_cache=False).logits for m in (compiled, model))
+            assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
+    for graph in range(len(compiled.graphs)):
+        text = compiled.ir("lower", graph)
+        assert text.count("sparsecc.attention(") == 2 and text.count("sparsecc.norm(") == 5
+        assert text.count("sparsecc.rotary(") == 4 and text.count("sparsecc.gate(") == 2 and text.count("sparsecc.mask_tiles(") == 1
+        assert not any(name in text for name in ("scaled_dot_product", "rsqrt", "silu.default", "cat_1"))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_the_model_without_a_head(attn: str) -> None:
+    model = llama_stack(64, 160, 2, heads=4, kv_heads=1, vocab=128, attn=attn).model
+    sparsecc.prune(model, "block(4, 1, 0.8)")
+    compiled = sparsecc.compile(model, sparsity="block(4, 1, 0.8)", autotune="none", remainder="eager")
+    ids = torch.randint(0, 128, (3, 40))
+    for mask in (None, padded(3, 40, "left")):
+        got, want = (m(ids, attention_mask=mask, use_cache=False).last_hidden_state for m in (compiled, model))
+        assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
+    assert ("sparsecc.attention(" in compiled.ir("lower")) == (attn == "sdpa") and "sparsecc.gate(" in compiled.ir("lower")
+
+
 @pytest.mark.slow
 def test_smollm2_decodes_the_same_64_tokens() -> None:
     """Real weights. Traces and packs 2 x 211 linears: one to two minutes."""

@@ -9,7 +9,7 @@ from sparsecc.errors import VerifyError
 from sparsecc.ir.infer import infer
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.text import parse_program
-from sparsecc.ir.token_ops import ATTENTION, KEY_MASK, NORM
+from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.ir.verify import verify
 
 
@@ -23,22 +23,32 @@ def test_norm(kind: str, layout: str) -> None:
     assert y.stride() == empty_output(x, 8, layout).stride()
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "float", "two dimensions", "expanded"])
+def test_gate_and_rotary() -> None:
+    a, b = torch.randn(2, 20, 8), torch.randn(2, 20, 8)
+    y = GATE(a, b, "silu", "")
+    torch.testing.assert_close(y, F.silu(a) * b)
+    x, angle = torch.randn(2, 3, 20, 8), torch.randn(1, 1, 20, 4).repeat(1, 1, 1, 2)
+    turned = ROTARY(x, angle.cos(), angle.sin(), "")
+    pairs = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(()), angle[..., :4])  # what it is: a turn in the plane
+    torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag], -1))
+    for value in (y, turned):
+        assert value.stride() == empty_output(value, 8, "token").stride()
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float", "two dimensions", "one row"])
 def test_attention(mask: str) -> None:
     q, k, v = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8), torch.randn(2, 2, 30, 8)
     seen = torch.rand(2, 1, 20, 30) < 0.6
     seen[0, 0, 3] = False
-    masks = {"none": None, "bool": seen, "float": torch.randn(2, 4, 20, 30), "two dimensions": seen[1, 0]}
-    masks["expanded"] = seen[:1].expand(2, 4, -1, -1)
-    given = masks[mask]
+    given = {"bool": seen, "float": torch.randn(2, 4, 20, 30), "two dimensions": seen[1, 0], "one row": seen[:, :, 5:6]}.get(mask)
+    causal = mask == "causal"
     added = given if given is None or given.dtype != torch.bool else given.float().log()
-    if mask == "expanded":
-        added = seen[:1].float().log().expand(2, 4, -1, -1)
-    y = ATTENTION(q, k, v, None if added is None else KEY_MASK(added, ""), 0.3, "")
-    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, given, scale=0.3, enable_gqa=True))
+    if added is not None and mask != "one row":
+        added = TOKENS(added, "")
+        assert added.stride() == empty_output(added, 30, "token").stride()
+    y = ATTENTION(q, k, v, added, None if added is None else MASK_TILES(added, ""), 0.3, causal, "")
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, given, is_causal=causal, scale=0.3, enable_gqa=True))
     assert y.stride() == empty_output(q, 8, "token").stride()
-    if mask == "expanded":
-        assert KEY_MASK(added, "").shape == (1, 1, 30, 20), "a broadcast mask is stored once"
 
 
 WRONG = [("pack", "", "made by layout"), ("layout", "k", "before lower"), ("lower", "", "no kernel")]

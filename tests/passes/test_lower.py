@@ -35,6 +35,8 @@ LOW_RANK = 'sparsecc.linear(x, [l, m], None, None, terms="f32[8, 8] % lowrank(2)
 class FakeTuner:
     """Kernels that return 42 everywhere, and the arguments they were made with."""
 
+    between = None
+
     def __init__(self) -> None:
         self.made: list[tuple[Any, ...]] = []
 

@@ -37,6 +37,8 @@ def program(x: "f32[3, s0, 16]"):
 class FakeTuner:
     """Takes the first format offered, or what `pick` says, and remembers the problems."""
 
+    between = None
+
     def __init__(self, pick: Callable[[Problem], Format | None] = lambda p: p.formats[0]) -> None:
         self.pick, self.problems = pick, []
 

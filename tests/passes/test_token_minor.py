@@ -87,7 +87,7 @@ def test_a_whole_encoder_layer() -> None:
     )  # fmt: skip
     assert layouts(program) == ["token", "attention", "token", "token", "token", "token", "row"]
     text = print_program(program)
-    assert print_program(parse_program(text)) == text and "sparsecc.key_mask(" in text
+    assert print_program(parse_program(text)) == text and "sparsecc.mask_tiles(" in text
 
 
 def test_two_attentions_share_the_mask() -> None:
@@ -95,7 +95,7 @@ def test_two_attentions_share_the_mask() -> None:
     joined = JOIN.replace("(a,", "(a2,").replace("at", "at2", 1).replace("(at,", "(at2,").replace("aj", "aj2")
     program = after(QKV, *HEADS, ATTEND, JOIN, again, joined, f"o = {linear('aj')}", f"p2 = {linear('aj2')}", "return (o, p2)")
     assert layouts(program) == ["token", "attention", "attention", "row", "row"]
-    assert print_program(program).count("sparsecc.key_mask(") == 1
+    assert print_program(program).count("sparsecc.tokens(") == print_program(program).count("sparsecc.mask_tiles(") == 1
 
 
 ATTENTION = (QKV, *HEADS, ATTEND, JOIN)
@@ -118,8 +118,8 @@ OUT = (f"o = {linear('aj')}", "return (o,)")
         pytest.param((*ATTENTION, "return (aj,)"), ["row", SDPA], id="attention into nothing"),
         pytest.param((*ATTENTION, OUT[0], "return (o, qkv)"), ["row", SDPA, "row"], id="qkv is an output"),
         pytest.param((*WITH_SCALE, *OUT), ["token", "attention", "row"], id="scale"),
-        pytest.param((*BROADCAST, *OUT), ["row", SDPA, "row"], id="mask without queries"),
-        pytest.param((*CAUSAL, *OUT), ["row", SDPA, "row"], id="causal"),
+        pytest.param((*BROADCAST, *OUT), ["token", "attention", "row"], id="one row of a mask"),
+        pytest.param((*CAUSAL, *OUT), ["token", "attention", "row"], id="causal"),
     ],
 )
 def test_what_joins(lines: tuple[str, ...], wanted: list[str]) -> None:
