@@ -60,7 +60,8 @@ class Tuner(Protocol):
     """The target, as far as passes need it. `between`: its kernels for what stands between linears, None if it has none and takes values
     row by row."""
 
-    between: Between | None
+    @property
+    def between(self) -> Between | None: ...
 
     def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
         """Storage for the weight's zeros that is worth trying, the natural one first; values are rounded only to a codec by name."""

@@ -58,8 +58,9 @@ def _space(spec: KernelSpec) -> list[GpuConfig]:
         return [GpuConfig(bm=16, bn=rows, bk=bk, split=split, stages=stages) for rows, split, stages in tiles]
     rows = tile_rows(spec, GpuConfig())
     if spec.dtype == "f32":  # ordinary multiply-adds, whose operands take registers
-        tokens = ((16, 4), (16, 1)) if spec.regime == "few" else ((64, 1), (32, 1))
-        return [GpuConfig(bm=bm, bn=64, bk=32, split=split, warps=8 if rows * bm > 2048 else 4, stages=2) for bm, split in tokens]
+        few = spec.regime == "few"
+        tokens, warps = ((16, 4), (16, 1)) if few else ((64, 1), (32, 1)), 4 if few and rows < 128 else 8
+        return [GpuConfig(bm=bm, bn=64, bk=32, split=split, warps=warps, stages=2) for bm, split in tokens]
     if spec.regime == "few":
         steps = ((64, 4, 4), (64, 1, 4), (128, 8, 3), (64, 16, 3))
         return [GpuConfig(bm=16, bn=64, bk=bk, split=split, warps=8 if rows == 128 else 4, stages=stages) for bk, split, stages in steps]

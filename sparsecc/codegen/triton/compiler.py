@@ -137,7 +137,7 @@ def binary(source: str, device: Device) -> Binary:
     """Compile, and look at what came out. Raises TargetError."""
     kernel = compiled(source, device).kernel
     asm = {name: text for name, text in kernel.asm.items() if isinstance(text, str)}
-    registers, spills = _hip(asm["amdgcn"]) if device.backend == "hip" else _cuda(kernel.asm["cubin"])
+    registers, spills = _hip(asm["amdgcn"]) if device.backend == "hip" else _cuda(kernel.asm["cubin"], asm["ptx"], device)
     return Binary(device, registers, spills, int(kernel.metadata.shared), int(kernel.metadata.num_warps), asm)
 
 
@@ -154,8 +154,8 @@ def _hip(text: str) -> tuple[int, int]:
     return value("vgpr_count"), value("vgpr_spill_count")
 
 
-def _cuda(cubin: bytes) -> tuple[int, int]:
-    """Registers, and the bytes of stack that hold what did not fit, from the binary itself."""
+def _cuda(cubin: bytes, ptx: str, device: Device) -> tuple[int, int]:
+    """Registers from the binary itself, and bytes spilled: where there is a stack frame, which need not hold registers, ptxas is asked."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -163,7 +163,20 @@ def _cuda(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
     if found is None:
         raise TargetError(f"cuobjdump cannot read this kernel, so registers and spills are unknown: {said.stderr.strip() or said.stdout}")
-    return int(found[1]), int(found[2])
+    return int(found[1]), _spilled(ptx, device) if int(found[2]) else 0
+
+
+def _spilled(ptx: str, device: Device) -> int:
+    """Bytes of registers stored to memory, as ptxas counts them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    gpu = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(int(device.arch)).path, "-v", f"--gpu-name={gpu}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    return max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)), default=0)
 
 
 @lru_cache
