@@ -59,7 +59,7 @@ def contest(
     effort: Effort,
     deadline: float,
     top: int | None = None,
-    race: Race = interleaved,
+    race: Race | None = None,
 ) -> list[Result]:
     """One result per candidate and one for `dense`, sorted best first; the first is the winner and has no error.
 
@@ -73,7 +73,7 @@ def contest(
     if effort == "none" or not ready:
         entrants = [Result(c.name, c.predicted, None, None) for c in (dense, *(c for c, _ in ready))]
         return sorted(entrants, key=lambda r: r.predicted) + out
-    entrants = _race([(dense, dense.build()), *ready], SECONDS[effort], deadline, race)
+    entrants = _race([(dense, dense.build()), *ready], SECONDS[effort], deadline, race or interleaved)
     return sorted(entrants, key=lambda r: r.seconds or 0.0) + out
 
 

@@ -63,7 +63,7 @@ def test_unknown_globs_and_patterns() -> None:
 @pytest.mark.parametrize(("options", "error", "says"), [
     ({"autotune": "fast"}, sparsecc.SpecError, "use 'none', 'quick', 'full'"),
     ({"remainder": "fast"}, sparsecc.SpecError, "use 'auto', 'inductor' or 'eager'"),
-    ({"target": "cuda"}, sparsecc.TargetError, "has no backend here: use 'cpu'"),
+    ({"target": "vulkan"}, sparsecc.TargetError, "is not known: use 'cpu'"),
     ({"target": "cpu:sse9"}, sparsecc.TargetError, "known are .*cpu:avx2"),
     ({"dynamic_shapes": "some", "example_inputs": (torch.zeros(2, K),)}, sparsecc.CaptureError, "use 'auto'"),
 ])
@@ -125,7 +125,7 @@ def test_dtypes_and_devices() -> None:
     close(module(x), model(x))
     with pytest.raises(sparsecc.TargetError, match="input is on meta, the module was compiled for cpu"):
         module(x.to("meta"))
-    with pytest.raises(sparsecc.TargetError, match=r"0\.\w+ is on meta, which the CPU target cannot serve"):
+    with pytest.raises(sparsecc.TargetError, match=r"0\.\w+ is on meta, which target 'cpu' cannot serve: move the model to the CPU"):
         compiled(linear().to("meta"))(x.to("meta"))
 
 
@@ -224,7 +224,7 @@ def test_the_ecosystems_sparse_weights() -> None:
         torch_prune.l1_unstructured(layer, "weight", 0.9)
     module = compiled(model, {"0": "unstructured(0.9)"})
     close(module(x), model(x))
-    assert formats(module) == ["csr", "csr"]
+    assert set(formats(module)) <= {"csr", "bitmap"}
     want = model(x)
     for layer in (model[0], model[2]):
         torch_prune.remove(layer, "weight")
