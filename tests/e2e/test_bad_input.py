@@ -233,7 +233,7 @@ def test_the_ecosystems_sparse_weights() -> None:
         model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse_csr(), requires_grad=False)
     module = compiled(model, "unstructured(0.9)")
     close(module(x), want)
-    assert formats(module) == ["csr", "csr"]
+    assert set(formats(module)) <= {"csr", "bitmap"}
     assert model[0].weight.layout == torch.sparse_csr
 
 
