@@ -52,6 +52,16 @@ def test_small_bert() -> None:
     assert compiled.config is model.config
 
 
+def test_a_dense_layer_between_chains_that_share_a_mask() -> None:
+    """What one chain prepares of the mask, another reads: Inductor checks its strides on the way."""
+    model, spec = small_bert(), {"*": PATTERNS[0], "encoder.layer.0.output.dense": "dense"}
+    sparsecc.prune(model, spec)
+    inputs = padded(1, 128)
+    inputs["attention_mask"][:, 100:] = 0
+    compiled = sparsecc.compile(model, sparsity=spec, autotune="none", remainder="inductor")
+    assert error(compiled(**inputs)[0], model(**inputs)[0]) <= TOLERANCE
+
+
 def test_names_and_globs_are_the_models() -> None:
     """BERT has a module called `self`."""
     model = small_bert()
