@@ -13,6 +13,7 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.triton.compiler import Binary, binary
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.devices import Device
+from sparsecc.codegen.triton.launch import Launch
 from sparsecc.codegen.triton.linear import BITMAP, BSR, CSR, families, linear_source, refuses_linear, tile_rows
 
 
@@ -36,9 +37,7 @@ class TritonBackend:
         return linear_source(spec, config)
 
     def load(self, source: str) -> Callable[..., Any]:
-        """A function that launches the kernel on the current device, see `runtime.gpu`."""
-        from sparsecc.runtime.gpu import Launch
-
+        """A function that launches the kernel."""
         return Launch(source, self.device)
 
     def binary(self, spec: KernelSpec, config: GpuConfig) -> Binary:
