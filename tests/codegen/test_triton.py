@@ -31,8 +31,9 @@ def spec(text: str, dtype: str = "bf16", **fields: object) -> KernelSpec:
     return KernelSpec(terms, dtype=dtype, **fields)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("text", FAMILIES)
+@pytest.mark.parametrize(("target", "text"), [
+    (target, text) for i, target in enumerate(TARGETS) for j, text in enumerate(FAMILIES) if target == "cuda:sm_90" or (i + j) % 3 == 0
+])
 def test_compiles_without_the_device(text: str, target: str) -> None:
     backend = TritonBackend(device_of(target))
     regime = ("many", "few", "one")[FAMILIES.index(text) % 3] if target == "cuda:sm_80" else "many"
