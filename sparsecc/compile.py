@@ -157,13 +157,13 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
                 dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
         dumper.weights(history.program, "lowered.safetensors")
     notes = {} if tuner is None else tuner.notes
-    return Built(_runner(history.program, options), history, explanation(history, options, notes))
+    return Built(_runner(history.program, options, tuner), history, explanation(history, options, notes))
 
 
-def _runner(program: Program, options: Options) -> Callable[..., Sequence[Any]]:
+def _runner(program: Program, options: Options, tuner: Any) -> Callable[..., Sequence[Any]]:
     if is_elsewhere(options.target):
         return not_here(options.target)
-    run = finish(program, options.remainder, chained=options.target.startswith("cpu"))
+    run = finish(program, options.remainder, chained=tuner is not None and tuner.between is not None)
     return Graphed(run) if options.target == "cuda" and capturable(program) else run
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from statistics import median
 from typing import Any
 
 import torch
 
-from sparsecc.autotune.measure import Timing
+from sparsecc.autotune.measure import Timing, timings
 
 FLUSH = 256 << 20
 """Bytes written before each call: more than any L2. Writing them also takes long enough to hide the host's part of the launch."""
@@ -29,11 +28,7 @@ def interleaved_on_gpu(fns: Mapping[str, Callable[[], Any]], seconds: float, min
         for name, (start, stop) in events.items():
             samples[name].append(max(1e-3 * start.elapsed_time(stop), 1e-9))
         rounds += 1
-    baseline = next(iter(samples.values()))
-    return {
-        name: Timing(median(times), min(times), median(a / b for a, b in zip(times, baseline, strict=True)))
-        for name, times in samples.items()
-    }
+    return timings(samples)
 
 
 def _timed(fn: Callable[[], Any]) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -41,6 +41,11 @@ def interleaved(
         for name, f in fns.items():
             samples[name].append(_sample(f, repeats[name], clock) / repeats[name])
         rounds += 1
+    return timings(samples)
+
+
+def timings(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """Of seconds per call by round; the first is the baseline."""
     baseline = next(iter(samples.values()))
     return {
         name: Timing(median(times), min(times), median(a / b for a, b in zip(times, baseline, strict=True)))

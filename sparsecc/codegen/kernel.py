@@ -9,6 +9,9 @@ from sparsecc.formats import Format
 
 Regime = Literal["many", "few", "one"]
 
+FEW = 16
+"""Up to so many tokens the regime is "few": the time of a linear is that of reading its weight, once for all of them."""
+
 ActivationType = Literal["f32", "tf32", "f16", "bf16"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from sparsecc.codegen.kernel import FEW
 from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Format, Panels, Pattern, Sell
 from sparsecc.formats.codec import Raw
 from sparsecc.formats.level import NM as NMLevel
@@ -25,9 +26,6 @@ BITMAP_FROM = 0.25
 
 SMALLER_FROM = 1 / 16
 """Above this density one bit per entry is no more than 16 bits per nonzero: what counts for a few tokens."""
-
-FEW = 16
-"""Tokens up to which the weight's bytes decide."""
 
 SLICED = Format(Sell(4, 64), swizzle=Panels(192))
 """Nonzeros for many tokens. Every multiply-add loads a vector of x: 192 columns of 64 tokens are what a first-level cache holds, and

@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.codegen.config import to_text
+from sparsecc.codegen.kernel import FEW
 from sparsecc.formats import Format
 from sparsecc.ir.ops import ACTIVATIONS
 from sparsecc.passes.context import Problem, Tuner
-
-FEW = 16
-"""Up to so many tokens the time of a linear is that of reading its weight."""
 
 FOOTPRINT, COPIES = 128 << 20, 64
 """Bytes of copies of a weight that is timed with a few tokens on a CPU, and how many copies at most."""

@@ -80,7 +80,7 @@ class GpuLinear:
         tensors += (y, bias)
         if residual is not None:
             residual = residual.expand(*lead, N).reshape(tokens, N)
-            if residual.stride(1) != 1 or not _aligned(residual):
+            if residual.stride(1) != 1 or residual.data_ptr() % 16 or not (self.spec.ragged or residual.stride(0) % 16 == 0):
                 residual = residual.clone(memory_format=torch.contiguous_format)
             tensors.append(residual)
             numbers.append(residual.stride(0))
@@ -111,7 +111,10 @@ class GpuLinear:
         return self._zeros[x.device]
 
     def _counter(self, device: torch.device, tiles: int) -> Tensor:
-        """Counters of finished parts, zero before and after every launch; streams run side by side, so each has its own."""
+        """Counters of finished parts, zero before and after every launch; what may run side by side has its own: streams, and graphs,
+        which are captured on one stream and replayed on others."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.zeros(tiles, dtype=torch.int32, device=device)
         stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
         with self._lock:
             found = self._counters.get((device, stream))
@@ -151,9 +154,3 @@ def _transposed(x: Tensor) -> Tensor:
     """x^T [K, M], rows on 16 bytes."""
     tokens, K = x.shape
     return torch.empty(K, -(-tokens // 16) * 16, dtype=x.dtype, device=x.device)[:, :tokens].copy_(x.T)
-
-
-def _aligned(t: Tensor) -> bool:
-    return t.data_ptr() % 16 == 0 and (t.stride(0) * t.element_size()) % 16 == 0
-
-

@@ -16,7 +16,7 @@ class Device:
     """A GPU as data sheets state it.
 
     target: "cuda:sm_90"; name: of the card; backend, arch, warp: as Triton names it; multiprocessors; shared: bytes that one program
-    may use; registers and warps per multiprocessor; bandwidth, l2: bytes/s from memory, bytes of L2; flops: FLOP/s by dtype, dense, on
+    may use; registers and warps per multiprocessor; bandwidth: bytes/s from memory; flops: FLOP/s by dtype, dense, on
     the matrix units ("f32": on the ordinary ones).
     """
 
@@ -31,7 +31,6 @@ class Device:
     registers: int
     warps: int
     bandwidth: float
-    l2: float
     flops: dict[str, float]
 
     def __hash__(self) -> int:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from sparsecc.codegen.kernel import ActivationType, KernelSpec, Regime
+from sparsecc.codegen.kernel import FEW, ActivationType, KernelSpec, Regime
 from sparsecc.codegen.triton.linear import BSR, family
 from sparsecc.codegen.triton.nm import STEP
 from sparsecc.errors import TargetError
 from sparsecc.formats import Format
-
-FEW = 16
-"""Up to so many tokens the regime is "few": one narrow tile."""
 
 
 def regime_of(tokens: int) -> Regime:

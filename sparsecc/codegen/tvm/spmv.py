@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 
-from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.kernel import FEW, KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.entries import STORED, load, pointers, store, value_bytes
 from sparsecc.codegen.tvm.host import Isa
@@ -31,7 +31,7 @@ the work. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
 
 TILES = (1, 2, 4, 8)
 """Tokens that a kernel may take together."""
-GROUP = 16
+GROUP = FEW
 """Tokens for which memory is read once: what one tile has read of a task is in cache for the next."""
 
 
