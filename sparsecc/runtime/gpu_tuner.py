@@ -24,6 +24,7 @@ from sparsecc.codegen.triton.facts import dtype_of, spec_of
 from sparsecc.codegen.triton.storage import storage
 from sparsecc.formats import Format, Pattern
 from sparsecc.formats.grid import kept_blocks
+from sparsecc.formats.level import NM
 from sparsecc.passes.context import Choice, Problem
 from sparsecc.runtime.calls import Call
 from sparsecc.runtime.gpu import Elsewhere, GpuLinear
@@ -193,7 +194,10 @@ class GpuTuner:
         return found
 
     def _break_even(self, problem: Problem, fmt: Format, config: Config) -> float | None:
-        """The sparsity from which the prediction is below dense, for the same zeros drawn thinner or thicker; None if none is."""
+        """The sparsity from which the prediction is below dense, for the same zeros drawn thinner or thicker; None if none is, or for N:M,
+        whose storage and time do not depend on it."""
+        if isinstance(fmt.level, NM):
+            return None
         N, K = problem.weight.shape
         dense = dense_estimate(N, K, problem.tokens, dtype_of(problem.weight.dtype), self.backend.device)
         blocks = -(-N // fmt.block[0]) * -(-K // fmt.block[1])
