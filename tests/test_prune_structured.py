@@ -108,7 +108,13 @@ def test_taylor_is_the_first_order_change_of_the_loss() -> None:
     expected = [torch.zeros(12, dtype=torch.float64) for _ in range(3)]
     for x in batches:
         hidden: list[Tensor] = []
-        hooks = [b.down.register_forward_pre_hook(lambda m, a, hidden=hidden: hidden.append(a[0]) or a[0].retain_grad()) for b in model.blocks]
+
+
+        def see(module: nn.Module, args: tuple[Tensor, ...], hidden: list[Tensor] = hidden) -> None:
+            hidden.append(args[0])
+            args[0].retain_grad()
+
+        hooks = [b.down.register_forward_pre_hook(see) for b in model.blocks]
         model.requires_grad_(True)(x).square().sum().backward()
         for hook in hooks:
             hook.remove()
@@ -191,12 +197,15 @@ def test_key_value_heads_take_their_query_heads_along() -> None:
 def test_bert_heads_with_biases() -> None:
     model = bert_base(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, vocab_size=30)
     inputs = {"input_ids": torch.randint(30, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, std=0.1) if name.endswith("bias") else None
     spec = {"*.query": "heads(0.25, 8)", "*.intermediate.dense": "channels(0.25)"}
     sparsecc.prune(model, spec, "l2", example_inputs=inputs)
     layer = model.encoder.layer[0]
     rows = dead_rows(layer.attention.self.query.weight)
+    assert bool(layer.attention.output.dense.bias.ne(0).all())
     assert len(rows) == 8 and rows == dead_rows(layer.attention.self.value.weight) == dead_cols(layer.attention.output.dense.weight)
-    assert bool((layer.attention.self.value.bias[rows] == 0).all()) and bool(layer.attention.output.dense.bias.ne(0).any())
+    assert bool((layer.attention.self.value.bias[rows] == 0).all())
     assert dead_rows(layer.intermediate.dense.weight) == dead_cols(layer.output.dense.weight)
 
 
@@ -301,7 +310,7 @@ REFUSALS: list[tuple[Any, Any, dict[str, Any], str]] = [
     (Net, {"blocks.0.up": "rows(0.5)"}, {"criterion": "taylor"}, "scores channels and heads, not rows"),
     (Net, {"blocks.0.up": "channels(0.5)"}, {"example_inputs": None}, "give example_inputs= or"),
     (Net, {"blocks.0.up": "rows(0.5)"}, {"budget": sparsecc.flops(0.5)}, "the spec names none"),
-    (Net, {"blocks.0.up": "channels(0.5)"}, {"groups": [sparsecc.Coupled(("blocks.0.up",), ("head",))]}, "head has 8 channels, which do not"),
+    (Net, {"blocks.0.up": "channels(0.5)"}, {"groups": [sparsecc.Coupled(("blocks.0.up",), ("head",))]}, "head has 8 channels"),
     (Sorted, {"a": "channels(0.5)"}, {"example_inputs": torch.randn(2, 4)}, "a.weight: its channels stay, because sort has no rule"),
 ]  # fmt: skip
 
@@ -355,5 +364,5 @@ def test_the_pruned_model_compiles_under_the_same_spec() -> None:
     spec = {"*.up_proj": "channels(0.25)", "*.q_proj": "heads(0.5, 8)"}
     sparsecc.prune(model, spec, "l2", example_inputs=ids)
     model.config.use_cache = False
-    compiled = sparsecc.compile(model, target="reference", sparsity=spec, example_inputs=(ids,))
+    compiled = sparsecc.compile(model, target="reference", sparsity=spec, example_inputs=(ids,), remainder="eager")
     assert torch.allclose(compiled(ids).logits, model(ids).logits, atol=1e-5)

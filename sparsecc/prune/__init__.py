@@ -4,5 +4,6 @@ from .budget import Budget, flops, latency
 from .groups import Coupled
 from .prune import prune
 from .report import PruneReport, PruneRow
+from .slicegpt import slicegpt
 
-__all__ = ["Budget", "Coupled", "PruneReport", "PruneRow", "flops", "latency", "prune"]
+__all__ = ["Budget", "Coupled", "PruneReport", "PruneRow", "flops", "latency", "prune", "slicegpt"]

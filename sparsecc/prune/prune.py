@@ -80,13 +80,14 @@ def prune(
         raise SpecError(f'{alone[0].names[0]}: criterion="{criterion}" scores channels and heads, not {alone[0].pattern}')
     if budget is not None and not coupled:
         raise SpecError(f"{budget.name} is shared out among channels and heads, and the spec names none: add some, such as \"channels\"")
-    removals = []
+    removals, left = [], {}
     if coupled:
         named = {_parameter(model, t): t for t in coupled}
         how = How(criterion, calibration, example_inputs, loss, budget, groups)
         patterns = {name: t.pattern for name, t in named.items() if isinstance(t.pattern, Channels | Heads)}
         removals, left = plan(model, patterns, [name for name, t in named.items() if t.insist], how)
-        skipped |= {named[name].names[0]: reason for name, reason in left.items()}
+        left = {named[name].names[0]: reason for name, reason in left.items()}
+        skipped |= left
         if not (removals or alone):
             raise SpecError("nothing to prune: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
     norms = {}
@@ -103,7 +104,7 @@ def prune(
             rows.append(PruneRow(target.names, str(target.pattern), before, density(weight)))
     rows += remove(model, removals)
     changed = {name for row in rows for name in row.names}
-    return PruneReport(tuple(rows), {name: reason for name, reason in skipped.items() if name not in changed})
+    return PruneReport(tuple(rows), {name: reason for name, reason in skipped.items() if name in left or name not in changed})
 
 
 def _targets(model: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...]) -> tuple[list[_Target], dict[str, str]]:
