@@ -1,8 +1,9 @@
 """SliceGPT: rotate the residual stream to its principal components and zero the small ones (Ashkboos et al., 2024).
 
-Exact steps first. What a norm multiplies and adds is folded into the linears behind it; a layer norm also loses its mean, which is taken out of
-everything that writes the stream, and becomes x / rms(x). Then every stream between two residual additions may have an orthogonal basis Q of
-its own: W_read Q, Q^T W_write, and x Q_before^T Q_after on the way past a block. Last, all but the first d components of each are zero.
+Exact steps first. What a norm multiplies and adds is folded into the linears behind it; a layer norm also loses its mean, which is taken
+out of everything that writes the stream, and becomes x / rms(x). Then every stream between two residual additions may have an orthogonal
+basis Q of its own: W_read Q, Q^T W_write, and x Q_before^T Q_after on the way past a block. Last, all but the first d components of each
+are zero.
 
 Weights keep their size: zeros stand where the paper slices, and the norms divide by the original width, as the paper's do. (The released
 code subtracts the embedding's mean in every model; it is right only for layer norms, so here RMS norms go without.)
@@ -117,8 +118,8 @@ def slicegpt(model: nn.Module, sparsity: float, calibration: Iterable[Any], mult
         worst = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(got, expected, strict=True))
         if not worst < TOLERANCE:
             raise SpecError(
-                f"slicegpt: rotated, the model computes something else (relative error {worst:.1e}): something in it is not invariant, such "
-                "as a norm of another kind, or a block that is more than norm, part, norm, part"
+                f"slicegpt: rotated, the model computes something else (relative error {worst:.1e}): something in it is not invariant, "
+                "such as a norm of another kind, or a block that is more than norm, part, norm, part"
             )
         cut(result, stream, kept)
     return result
@@ -136,25 +137,29 @@ def find_stream(model: nn.Module, example: Any, layers: str | None = None) -> St
     except CaptureError as error:
         raise SpecError(f"slicegpt: the stream cannot be followed: {error}") from error
     classes = flow.channels.classes()
-    parts = tuple(_called(model, name, example) for name in blocks)
+    children = tuple(_called(model, name, example) for name in blocks)
+    parts = [f"{block}.{four[i]}" for block, four in zip(blocks, children, strict=True) for i in (1, 3)]
+    first = f"{blocks[0]}.{children[0][0]}"
     uses = [(use.name.rpartition(".")[0], use.role, classes[use.ids.reshape(-1)]) for use in flow.uses if bool((use.ids >= 0).all())]
-    tables = [m for m, role, _ in uses if role == "writes" and not m.startswith(f"{at}.") and isinstance(model.get_submodule(m), nn.Embedding)]
-    tables = tables or [m for m, role, _ in uses[:4] if role == "writes" and isinstance(model.get_submodule(m), nn.Linear)]
-    if not tables:
-        raise SpecError("slicegpt: no embedding or first linear writes the stream")
-    axis = next(ids for m, role, ids in uses if m == tables[0] and role == "writes")
-    same = {(m, role) for m, role, ids in uses if ids.shape == axis.shape and torch.equal(ids, axis)}
-    reads, writes = ({p: tuple(m for m, r in sorted(same) if r == role and m.startswith(f"{p}.")) for b, four in zip(blocks, parts, strict=True)
-                      for p in (f"{b}.{four[1]}", f"{b}.{four[3]}")} for role in ("reads", "writes"))  # fmt: skip
-    for part in reads:
+    axis = next((ids for module, _, ids in uses if module == first), None)
+    if axis is None:
+        raise SpecError(f"slicegpt: {first} has no weight, so it is not seen to read a stream")
+    same = sorted({(module, role) for module, role, ids in uses if ids.shape == axis.shape and torch.equal(ids, axis)})
+    reads, writes = (
+        {part: tuple(m for m, r in same if r == role and m.startswith(f"{part}.")) for part in parts} for role in ("reads", "writes")
+    )
+    for part in parts:
         if not (reads[part] and writes[part]):
             raise SpecError(f"slicegpt: {part} does not read and write one residual stream with the embedding")
-    outside = sorted((m, r) for m, r in same if not m.startswith(f"{at}."))
+    outside = [(module, role) for module, role in same if not module.startswith(f"{at}.")]
+    tables = tuple(m for m, r in outside if r == "writes")
+    readers = {id(model.get_submodule(m).weight) for m, r in outside if r == "reads"}
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.startswith(f"{at}.")]
+    heads = tuple(name for name, m in linears if id(m.weight) in readers)  # one may share the embedding's weight, under its name
     norms = [m for m, r in outside if r == "scales" and m not in tables]
-    heads = tuple(m for m, r in outside if r == "reads")
-    if len(set(norms)) != 1 or not heads:
-        raise SpecError(f"slicegpt: one norm and a head after the last block are needed, found {norms} and {list(heads)}")
-    return Stream(len(axis), tuple(dict.fromkeys(m for m, r in outside if r == "writes")), blocks, parts, reads, writes, norms[0], heads)
+    if len(norms) != 1 or not heads or not tables:
+        raise SpecError(f"slicegpt: one norm and a head after the last block are needed, found {norms or 'none'} and {heads or 'none'}")
+    return Stream(len(axis), tables, blocks, children, reads, writes, norms[0], heads)
 
 
 def _called(model: nn.Module, block: str, example: Any) -> tuple[str, ...]:
