@@ -4,6 +4,7 @@ import sparsecc.dynamo  # noqa: F401  (registers the torch.compile backend)
 from sparsecc.compile import compile
 from sparsecc.errors import (
     CaptureError,
+    CheckpointError,
     FormatError,
     PatternViolation,
     ShapeError,
@@ -14,13 +15,13 @@ from sparsecc.errors import (
     VerifyError,
 )
 from sparsecc.formats import ANY, block, channels, cols, heads, nm, rows, unstructured
-from sparsecc.prune import Coupled, PruneReport, flops, latency, prune
+from sparsecc.prune import Coupled, PruneReport, flops, latency, prune, slicegpt
 from sparsecc.runtime.module import CompiledModule
 from sparsecc.spec import SparsitySpec, options
 
 __version__ = "0.1.0"
 __all__ = [
-    "ANY", "CaptureError", "CompiledModule", "Coupled", "FormatError", "PatternViolation", "PruneReport", "ShapeError", "SparseccError",
-    "SparsitySpec", "SpecError", "TargetError", "TextError", "VerifyError", "block", "channels", "cols", "compile", "flops", "heads",
-    "latency", "nm", "options", "prune", "rows", "unstructured",
-]  # fmt: skip
+    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Coupled", "FormatError", "PatternViolation", "PruneReport", "ShapeError",
+    "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "VerifyError", "block", "channels", "cols", "compile",
+    "flops", "heads", "latency", "nm", "options", "prune", "rows", "slicegpt", "unstructured",
+]

@@ -130,7 +130,8 @@ class _Angles(ExitStack):
 
     def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
         super().__init__()
-        self._blocks, self._sums = blocks, dict.fromkeys(blocks, (0.0, 0))
+        self._blocks = blocks
+        self._sums: dict[str, tuple[float, int]] = {name: (0.0, 0) for name in blocks}
         for name in self._sums:
             self.callback(model.get_submodule(name).register_forward_hook(self._watch(name), with_kwargs=True).remove)
 

@@ -111,7 +111,8 @@ def groups_of(flow: Flow, named: Mapping[str, Channels | Heads], insist: Iterabl
     skipped: dict[str, str] = {}
     for name, pattern in named.items():
         try:
-            group, key = (_channels if isinstance(pattern, Channels) else _heads)(flowed, name, pattern, named)
+            find = _channels if isinstance(pattern, Channels) else _heads
+            group, key = find(flowed, name, pattern, named)  # type: ignore[arg-type]  # each gets its own kind
         except SpecError as error:
             if name in insist:
                 raise

@@ -272,7 +272,7 @@ def matmul(flow: Flow, node: fx.Node, shapes: Shapes) -> Any:
             return _new_scores(flow, queries, keys).expand(_shape(node))
         weights, values = constant_along(a, [-2, -1])[..., 0, 0], constant_along(b, [-2])[..., 0, :]
         if bool((values >= 0).all()) and all(score in flow.scores for score in torch.unique(weights).tolist()):
-            q, k = (torch.stack([flow.scores[int(s)][i] for s in weights.reshape(-1)]).view(*weights.shape, -1) for i in (0, 1))
+            q, k = (torch.stack([flow.scores[int(s)][i] for s in weights.reshape(-1)]).unflatten(0, weights.shape) for i in (0, 1))
             return _attention(flow, node, q, k, values)
     _block(flow, node, "they meet other values in a matrix product")
     return None
@@ -300,9 +300,9 @@ def _attention(flow: Flow, node: fx.Node, q: Tensor, k: Tensor, v: Tensor) -> Te
     """q, k, v [..., heads, features] without positions -> the result's numbers, of the node's shape [batch, heads, tokens, features]."""
     q, k, v = _one_batch(q), _one_batch(k), _one_batch(v)
     shape = torch.broadcast_shapes(q.shape[:-1], k.shape[:-1], v.shape[:-1])
-    flat = [x.expand(*shape, -1).reshape(-1, x.shape[-1]) for x in (q, k, v)]
-    made = flow.channels.new(flat[2].numel()).view(flat[2].shape)
-    flow.attentions.append(Attention(node.name, *flat, made))
+    q, k, v = (x.expand(*shape, -1).reshape(-1, x.shape[-1]) for x in (q, k, v))
+    made = flow.channels.new(v.numel()).view(v.shape)
+    flow.attentions.append(Attention(node.name, q, k, v, made))
     return made.view(*shape, 1, -1).expand(_shape(node))
 
 

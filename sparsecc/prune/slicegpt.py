@@ -178,7 +178,7 @@ def _called(model: nn.Module, block: str, example: Any) -> tuple[str, ...]:
     return tuple(order)
 
 
-def _norms(stream: Stream) -> list[tuple[str, tuple[str, ...]]]:
+def norms_of(stream: Stream) -> list[tuple[str, tuple[str, ...]]]:
     """Every norm with the linears that read it, in the order of the stream."""
     pairs = [(f"{b}.{p[i]}", stream.reads[f"{b}.{p[i + 1]}"]) for b, p in zip(stream.blocks, stream.parts, strict=True) for i in (0, 2)]
     return [*pairs, (stream.norm, stream.heads)]
@@ -186,7 +186,7 @@ def _norms(stream: Stream) -> list[tuple[str, tuple[str, ...]]]:
 
 def _bases(model: nn.Module, stream: Stream, batches: Iterable[Any]) -> list[Tensor]:
     """Principal components of what goes into each norm, largest first: float64 [D, D], one a column."""
-    names = [name for name, _ in _norms(stream)]
+    names = [name for name, _ in norms_of(stream)]
     moments = {name: torch.zeros(stream.width, stream.width, dtype=torch.float64) for name in names}
     centred = {name: isinstance(model.get_submodule(name), nn.LayerNorm) for name in names}
 
@@ -219,7 +219,7 @@ def fold(model: nn.Module, stream: Stream) -> None:
     if centred:
         ones = torch.full((stream.width, stream.width), 1 / stream.width, dtype=torch.float64)
         _written(model, stream, [torch.eye(stream.width, dtype=torch.float64) - ones] * (2 * len(stream.blocks) + 1))
-    for name, readers in _norms(stream):
+    for name, readers in norms_of(stream):
         norm: Any = model.get_submodule(name)
         for reader in readers:
             linear: Any = model.get_submodule(reader)
@@ -238,7 +238,7 @@ def fold(model: nn.Module, stream: Stream) -> None:
 def rotate(model: nn.Module, stream: Stream, bases: Sequence[Tensor]) -> None:
     """Gives the stream in front of every norm the basis of its own, [D, D] orthogonal; blocks become RotatedBlocks."""
     _written(model, stream, [basis.t() for basis in bases])
-    for basis, (_, readers) in zip(bases, _norms(stream), strict=True):
+    for basis, (_, readers) in zip(bases, norms_of(stream), strict=True):
         for reader in readers:
             weight: Any = model.get_submodule(reader).weight
             weight.copy_((weight.double() @ basis.to(weight.device)).to(weight.dtype))
@@ -256,7 +256,7 @@ def cut(model: nn.Module, stream: Stream, kept: int) -> None:
     mask = torch.zeros(stream.width, dtype=torch.float64)
     mask[:kept] = 1
     _written(model, stream, [mask.diag() if i < last else torch.eye(stream.width, dtype=torch.float64) for i in range(last + 1)])
-    for _, readers in _norms(stream)[:-1]:
+    for _, readers in norms_of(stream)[:-1]:
         for reader in readers:
             weight: Any = model.get_submodule(reader).weight
             weight[:, kept:] = 0
