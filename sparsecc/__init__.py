@@ -1,6 +1,7 @@
 """sparsecc turns the sparsity of PyTorch models into speed."""
 
 import sparsecc.dynamo  # noqa: F401  (registers the torch.compile backend)
+from sparsecc import importers  # noqa: F401  (sparsecc.importers.load)
 from sparsecc.compile import compile
 from sparsecc.errors import (
     CaptureError,

@@ -73,7 +73,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_names(model: nn.Module, state: Mapping[str, Tensor], without: Iterable[str] = ()) -> None:
-    """Raises CheckpointError for tensors that the model has no place for, and for parameters that the checkpoint lacks, but for `without`."""
+    """Raises CheckpointError for tensors that the model has no place for, and parameters but `without` that the checkpoint lacks."""
     own = tensors_of(model)
     extra = [key for key in state if key not in own]
     if extra:

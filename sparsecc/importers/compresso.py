@@ -21,7 +21,7 @@ def load(model: nn.Module, state: State, heads: int | None = None) -> Iterator[s
     count = heads or getattr(getattr(model, "config", None), "num_attention_heads", None)
     blocks, ffns = _with(model, "q_proj", "k_proj", "v_proj", "o_proj"), _with(model, "gate_proj", "up_proj", "down_proj")
     if not blocks or not count:
-        raise CheckpointError("Compresso's models have q_proj, k_proj, v_proj and o_proj: build such a one, and give heads= if it has no config")
+        raise CheckpointError("Compresso's models have q_proj, k_proj, v_proj, o_proj: build such a one; without a config, give heads=")
     _check(gates, blocks, ffns, count)
     if state:
         fill(model, state)

@@ -27,6 +27,9 @@ def load(model: nn.Module, state: State) -> Iterator[str]:
     for key, value in narrower.items():
         if value.ndim != own[key].ndim or any(a > b for a, b in zip(value.shape, own[key].shape, strict=True)):
             raise CheckpointError(f"{key} is {list(value.shape)} in the checkpoint, which is not narrower than {list(own[key].shape)}")
+        groups = getattr(model.get_submodule(key.rpartition(".")[0]), "groups", 1)
+        if groups != 1 and value.ndim > 1 and value.shape[1] != 1:
+            raise CheckpointError(f"{key}: a convolution in {groups} groups of more than one channel cannot be narrowed")
     for key, value in narrower.items():
         prefix, _, last = key.rpartition(".")
         _resize(model.get_submodule(prefix), last, value)
@@ -44,12 +47,12 @@ def _resize(module: Any, name: str, value: Tensor) -> None:
         return
     for kind, (out, into) in _WIDTHS.items():
         if isinstance(module, kind):
-            if getattr(module, "groups", 1) > 1:
-                if value.shape[1] != 1:
-                    raise CheckpointError(f"a convolution in {module.groups} groups of more than one channel cannot be narrowed")
-                module.groups = value.shape[0] // (old.shape[0] // module.groups)
+            groups = int(getattr(module, "groups", 1))
+            if groups > 1:
+                groups = value.shape[0] * groups // old.shape[0]
+                module.groups = groups  # type: ignore[assignment]
             setattr(module, out, value.shape[0])
-            setattr(module, into, value.shape[1] * getattr(module, "groups", 1))
+            setattr(module, into, value.shape[1] * groups)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         module.num_features = len(value)
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
