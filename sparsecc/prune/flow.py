@@ -70,9 +70,9 @@ class Channels:
 
     def join(self, a: Tensor, b: Tensor, product: bool = False) -> None:
         """Makes a[i] and b[i] one, for all i where neither is -1."""
-        pairs = torch.stack((a.reshape(-1), b.reshape(-1)))
-        pairs = torch.unique(pairs[:, (pairs >= 0).all(0) & (pairs[0] != pairs[1])], dim=1)
-        for x, y in pairs.t().tolist():
+        a, b, count = a.reshape(-1), b.reshape(-1), len(self._any)
+        pairs = torch.unique((a * count + b)[(a >= 0) & (b >= 0) & (a != b)])
+        for x, y in zip((pairs // count).tolist(), (pairs % count).tolist(), strict=True):
             self._union(self._any, x, y)
             if product:
                 self._union(self._product, x, y)
@@ -165,6 +165,16 @@ def thin(ids: Tensor) -> Tensor:
         if ids.stride(dim) == 0 and ids.shape[dim] > 1:
             ids = ids.narrow(dim, 0, 1)
     return ids
+
+
+def folded(ids: Tensor) -> Tensor:
+    """The same numbers, with stride 0 along every dimension that only repeats them."""
+    shape = ids.shape
+    ids = thin(ids)
+    for dim in range(ids.ndim - 1):
+        if ids.shape[dim] > 1 and torch.equal(ids, ids.narrow(dim, 0, 1).expand(ids.shape)):
+            ids = ids.narrow(dim, 0, 1)
+    return ids.expand(shape)
 
 
 def constant_along(ids: Tensor, dims: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsecc.errors import SpecError
 from sparsecc.formats import Channels, Heads
-from sparsecc.prune.flow import Attention, Flow, Role
+from sparsecc.prune.flow import Attention, Flow, Role, Use
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,18 @@ class _Flowed:
     classes: Tensor
     products: Tensor
     blocked: Mapping[int, str]
+    uses: list[tuple[Use, Tensor, int, int]]  # the classes of its entries, -1 for none, the lowest and the highest of them
 
     @staticmethod
     def of(flow: Flow) -> _Flowed:
         classes = flow.channels.classes()
         blocked = {int(classes[channel]): why for channel, why in reversed(flow.blocked.items())}
-        return _Flowed(flow, classes, flow.channels.classes(product=True), blocked)
+        uses = []
+        for use in flow.uses:
+            found = torch.where(use.ids >= 0, classes[use.ids.clamp(min=0)], -1)
+            if bool((found >= 0).any()):
+                uses.append((use, found, int(found[found >= 0].min()), int(found.max())))
+        return _Flowed(flow, classes, flow.channels.classes(product=True), blocked, uses)
 
     def made(self, parameter: str) -> Tensor:
         """The channels that a parameter computes, in order: int64[rows]. Raises SpecError if the trace did not see it."""
@@ -94,8 +100,12 @@ class _Flowed:
     def members(self, unit_of: Tensor, shared: bool = False) -> list[Member]:
         """unit_of: class -> unit, -1 for none."""
         found: dict[tuple[str, Role, bytes], Member] = {}
-        for use in self.flow.uses:
-            units = torch.where(use.ids >= 0, unit_of[self.classes[use.ids.clamp(min=0)]], -1)
+        inside = (unit_of >= 0).nonzero()[:, 0]
+        first, last = (int(inside[0]), int(inside[-1])) if len(inside) else (1, 0)
+        for use, classes, low, high in self.uses:
+            if high < first or low > last:
+                continue
+            units = torch.where(classes >= 0, unit_of[classes.clamp(min=0)], -1)
             if bool((units >= 0).any()):
                 found.setdefault((use.name, use.role, units.numpy().tobytes()), Member(use.name, use.role, units, shared))
         return list(found.values())

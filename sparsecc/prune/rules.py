@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsecc.prune.flow import Attention, Const, Flow, constant_along, tensors, thin
+from sparsecc.prune.flow import Attention, Const, Flow, constant_along, folded, tensors, thin
 
 aten = torch.ops.aten
 Shapes = Mapping[str, torch.Size]
@@ -216,7 +216,7 @@ def _move(flow: Flow, node: fx.Node, shapes: Shapes) -> Any:
         whole = isinstance(moved, Tensor) and moved.shape == const.index.shape and torch.equal(moved, const.index)
         parts = [Const(const.name, part, whole) for part in tensors(moved)]
         return parts[0] if isinstance(moved, Tensor) else tuple(parts)
-    return tuple(moved) if isinstance(moved, list) else moved
+    return tuple(folded(part) for part in moved) if isinstance(moved, list | tuple) else folded(moved)
 
 
 def _own_channels(flow: Flow, const: Const, shapes: Shapes) -> Tensor:
@@ -279,11 +279,8 @@ def matmul(flow: Flow, node: fx.Node, shapes: Shapes) -> Any:
 
 
 def _one_batch(ids: Tensor) -> Tensor:
-    """[batch, heads, features] -> [1, heads, features]: dimensions along which numbers repeat become 1."""
-    for dim in range(ids.ndim - 1):
-        if torch.equal(ids, ids.narrow(dim, 0, 1).expand(ids.shape)):
-            ids = ids.narrow(dim, 0, 1)
-    return ids
+    """[batch, heads, features] -> [1, heads, features]: a dimension along which numbers repeat becomes 1."""
+    return thin(folded(ids))
 
 
 def _new_scores(flow: Flow, queries: Tensor, keys: Tensor) -> Tensor:
