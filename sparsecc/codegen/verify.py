@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsecc.codegen.decode import decode
-from sparsecc.codegen.kernel import ActivationType
+from sparsecc.codegen.kernel import DTYPES, ActivationType
 from sparsecc.formats import Format
 from sparsecc.ir.ops import ACTIVATIONS
 
@@ -27,7 +27,6 @@ MASKS: tuple[Mask, ...] = ("random", "dense tile", "empty rows", "negative", "em
 Run = Callable[[Tensor, list[Tensor], Tensor | None, Tensor | None], Tensor]
 """fn(x [M, K], params, bias [N], residual [M, N]) -> y [M, N], params being the arrays of all terms."""
 
-DTYPES: dict[ActivationType, torch.dtype] = {"f32": torch.float32, "tf32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 ROUNDING: dict[ActivationType, float] = {"f32": 2e-6, "tf32": 2e-3, "f16": 1e-3, "bf16": 8e-3}
 """Largest error as a fraction of the largest output: of the result's dtype, and of products for TF32."""
 

@@ -17,7 +17,7 @@ from sparsecc.autotune.cost import Machine, break_even, dense_work, efficiency, 
 from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
-from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.kernel import KernelSpec, Regime
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
@@ -152,13 +152,16 @@ class CpuTuner:
         """By name, the most promising first within each format."""
         found: dict[str, tuple[Format, CpuConfig]] = {}
         for fmt in problem.formats:
-            few = problem.tokens == 1 or (problem.tokens <= GROUP and serves_few(fmt, self.backend.isa))
-            regime = "many" if not few else "one" if problem.tokens == 1 else "few"
-            spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=regime)
+            spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=self.regime(fmt, problem.tokens))
             if self.backend.refuses(spec) is None:
                 for config in self.backend.space(spec):
                     found[f"{fmt} {to_text(config)}"] = (fmt, config)
         return found
+
+    def regime(self, fmt: Format, tokens: int) -> Regime:
+        """Which of the kernels of one stored weight serves so many tokens."""
+        few = tokens == 1 or (tokens <= GROUP and serves_few(fmt, self.backend.isa))
+        return "many" if not few else "one" if tokens == 1 else "few"
 
     def contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
         call = Call(problem)
