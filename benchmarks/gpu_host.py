@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from benchmarks.peaks import host
 from sparsecc.autotune.measure import interleaved
 from sparsecc.codegen.triton.backend import TritonBackend
 from sparsecc.codegen.triton.devices import device_of
-from sparsecc.codegen.triton.driver import Driver, Loaded, Prepared
+from sparsecc.codegen.triton.driver import Driver, Loaded, Prepared, prepared
 from sparsecc.codegen.triton.facts import spec_of
 from sparsecc.formats import parse_format
 from sparsecc.ir.ops import KERNELS, LINEAR
@@ -54,13 +55,14 @@ class NoLaunch:
         return DRIVER if self.by_driver else None
 
     def prepared(self, at: int, grid: tuple[int, int], pointers: int, numbers: Sequence[int]) -> Prepared | None:
-        return Prepared(Loaded(1, 128, 0, 2), DRIVER.launch, grid, pointers, numbers) if self.by_driver else None
+        return prepared(Loaded(1, 128, 0, 2), DRIVER.launch, grid, pointers, numbers) if self.by_driver else None
 
 
 def _triton_launcher() -> Any:
     """Triton's, with its C function replaced."""
     from triton.backends.nvidia.driver import CudaLauncher
 
+    triton.runtime.driver.set_active(object())  # or it looks for a GPU
     made = object.__new__(CudaLauncher)
     scratch = {f"{kind}_scratch_{what}": 0 for kind in ("global", "profile") for what in ("size", "align")}
     vars(made).update(scratch, num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, gsan_enabled=False, arg_annotations=(),

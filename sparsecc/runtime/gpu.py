@@ -126,15 +126,15 @@ class GpuLinear:
         driver = plan.launch.driver()
         if launch is None or driver is None:
             return
-        known: dict[int, tuple[int, int]] = {}
+        known: dict[int, list[int]] = {}
 
-        def scratch(stream: int) -> tuple[int, int]:
+        def scratch(stream: int) -> list[int]:
             if stream not in known:
                 partial, done = SCRATCH.on(device, stream, floats, tiles)
-                known[stream] = (partial.data_ptr(), done.data_ptr())
+                known[stream] = [partial.data_ptr(), done.data_ptr()]
             return known[stream]
 
-        facts = Facts(y.shape, y.dtype, device, self._zero(y), self.spec.residual, scratch if plan.split > 1 else None)
+        facts = Facts(y.shape, y.dtype, self._zero(y), self.spec.residual, scratch if plan.split > 1 else None)
         if len(self._mine.calls) >= SHAPES:
             self._mine.calls.clear()
         self._mine.calls[shape] = prepared_call(facts, launch, driver)

@@ -17,7 +17,7 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.triton.backend import TritonBackend
 from sparsecc.codegen.triton.compiler import compiled
 from sparsecc.codegen.triton.devices import device_of
-from sparsecc.codegen.triton.driver import CONFIG, Driver, Loaded, Prepared, extra_pointers, loaded
+from sparsecc.codegen.triton.driver import CONFIG, Driver, Loaded, Prepared, extra_pointers, loaded, prepared
 from sparsecc.codegen.triton.facts import spec_of
 from sparsecc.codegen.triton.linear import pointers, sizes
 from sparsecc.errors import ShapeError, TargetError
@@ -69,7 +69,7 @@ class FakeLaunch:
 
     def prepared(self, at: int, grid: tuple[int, int], pointers: int, numbers: Sequence[int]) -> Prepared:
         self.machine.arguments = pointers + len(numbers) + 2
-        return Prepared(KERNEL, self._driver.launch, grid, pointers, numbers)
+        return prepared(KERNEL, self._driver.launch, grid, pointers, numbers)
 
 
 @dataclass(frozen=True)

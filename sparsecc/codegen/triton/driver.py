@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from sparsecc.errors import TargetError
-
 CONFIG = struct.Struct("<7I4xQQI4x")
 """CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes and their number."""
 
@@ -79,24 +77,27 @@ def extra_pointers(ptx: str, pointers: int, integers: int) -> int | None:
     return len(wide) - len(own) if wide[: len(own)] == own and all(wide[len(own) :]) else None
 
 
+@dataclass(frozen=True)
 class Prepared:
-    """fn(stream, *addresses): launches with a fixed grid and fixed integers. Not safe from several threads: each needs its own."""
+    """A launch with a fixed grid and fixed integers, in memory: `write(memory, STREAM_AT, stream, *addresses)`, then `launch(*given)`,
+    which returns CUDA's error or 0. Not safe from several threads: each needs its own."""
 
-    def __init__(self, kernel: Loaded, launch: Callable[..., int], grid: tuple[int, int], pointers: int, integers: Sequence[int]) -> None:
-        arguments = pointers + len(integers) + kernel.extra
-        arguments_at = CONFIG.size
-        table_at = arguments_at + 8 * arguments
-        memory = ctypes.create_string_buffer(table_at + 8 * arguments)
-        here = ctypes.addressof(memory)
-        CONFIG.pack_into(memory, 0, *grid, 1, kernel.threads, 1, 1, kernel.shared, 0, 0, 0)
-        struct.pack_into(f"<{len(integers)}q", memory, arguments_at + 8 * pointers, *integers)
-        struct.pack_into(f"<{arguments}Q", memory, table_at, *(here + arguments_at + 8 * i for i in range(arguments)))
-        at = ctypes.c_void_p
-        self._launch, self._memory = launch, memory
-        self._given = (at(here), at(kernel.function), at(here + table_at), at(None))
-        self._write = struct.Struct(f"<Q16x{pointers}Q").pack_into
+    memory: Any
+    write: Callable[..., None]
+    launch: Callable[..., int]
+    given: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
 
-    def __call__(self, stream: int, *addresses: int) -> None:
-        self._write(self._memory, STREAM_AT, stream, *addresses)
-        if failed := self._launch(*self._given):
-            raise TargetError(f"the GPU's driver refused a launch: CUDA error {failed}")
+
+def prepared(kernel: Loaded, launch: Callable[..., int], grid: tuple[int, int], pointers: int, integers: Sequence[int]) -> Prepared:
+    """The configuration, then the arguments, 8 bytes each, then their places, as the driver wants them."""
+    arguments = pointers + len(integers) + kernel.extra
+    arguments_at = CONFIG.size
+    table_at = arguments_at + 8 * arguments
+    memory = ctypes.create_string_buffer(table_at + 8 * arguments)
+    here = ctypes.addressof(memory)
+    CONFIG.pack_into(memory, 0, *grid, 1, kernel.threads, 1, 1, kernel.shared, 0, 0, 0)
+    struct.pack_into(f"<{len(integers)}q", memory, arguments_at + 8 * pointers, *integers)
+    struct.pack_into(f"<{arguments}Q", memory, table_at, *(here + arguments_at + 8 * i for i in range(arguments)))
+    at = ctypes.c_void_p
+    given = (at(here), at(kernel.function), at(here + table_at), at(None))
+    return Prepared(memory, struct.Struct(f"<Q16x{pointers}Q").pack_into, launch, given)

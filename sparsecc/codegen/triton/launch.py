@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsecc.codegen.triton.compiler import compiled, function, header, interpreting
 from sparsecc.codegen.triton.devices import Device
-from sparsecc.codegen.triton.driver import Driver, Loaded, Prepared, cuda_driver, loaded
+from sparsecc.codegen.triton.driver import Driver, Loaded, Prepared, cuda_driver, loaded, prepared
 
 
 class Launch:
@@ -53,7 +53,7 @@ class Launch:
         if at not in self._bound:
             self._bind(at)
         kernel = self._loaded[at]
-        return None if kernel is None else Prepared(kernel, driver.launch, grid, pointers, numbers)
+        return None if kernel is None else prepared(kernel, driver.launch, grid, pointers, numbers)
 
     def _bind(self, at: int) -> tuple[Any, Any, Any]:
         with self._lock, torch.cuda.device(at):
