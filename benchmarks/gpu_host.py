@@ -1,10 +1,10 @@
-"""Host time of one uncaptured call of a GPU kernel, without a GPU: on CPU tensors, CUDA's driver replaced by a C function that does nothing.
+"""Host time of one uncaptured call of a GPU kernel, without a GPU: on CPU tensors, with a C function that does nothing as CUDA's driver.
 
     python -m benchmarks.gpu_host
 
 Everything else is what runs before a launch: finding the prepared call, the result's memory, checks, addresses, the C call itself. What is
-missing is the driver's own work, and the difference between torch's two allocators; so the ratio to `torch.empty` is reported beside the
-time. Timed twice: through the driver, and through Triton's launcher object (up to its own C function), which serves where the driver cannot.
+missing is the driver's own work, and the difference between torch's two allocators; so the ratio to `torch.empty` stands beside the time.
+Timed twice: through the driver, and through Triton's launcher object (up to its own C function), which serves where the driver cannot.
 Writes benchmarks/results/gpu-host.json.
 """
 

@@ -71,7 +71,7 @@ def wider(tuner: CpuTuner, problem: Problem) -> dict[str, tuple[Any, CpuConfig]]
             case "few":
                 vary = {"streams": (1, 2, 4, 8)}
             case "many":
-                vary = {"vectors": (1, 2, 4), "unroll": (1,) if isinstance(fmt.level, Sell) else (1, 2, 4, 8)}
+                vary = {"vectors": (1, 2, 4), "unroll": (1,) if isinstance(fmt.level, Sell) else (1, 4)}
         pinned = {name: getattr(mine[0], name) for name in vars(mine[0]) if name not in vary}
         configs = [config for config in space_of(CpuConfig, **pinned) if all(getattr(config, name) in some for name, some in vary.items())]
         found |= {f"{fmt} {to_text(config)}": (fmt, config) for config in configs}
@@ -82,7 +82,8 @@ def measured(tuner: CpuTuner, shape: tuple[int, int], pattern: str, tokens: int,
     """Seconds of every candidate of one problem and of dense, timed side by side, each checked before."""
     problem = problem_of(tuner, shape, pattern, tokens)
     own, every, call = tuner.candidates(problem), wider(tuner, problem), Call(problem)
-    entrants = [Candidate(name, 0.0, lambda fmt=fmt, config=config: call.candidate(tuner, fmt, config)) for name, (fmt, config) in every.items()]
+    build = lambda fmt, config: lambda: call.candidate(tuner, fmt, config)  # noqa: E731
+    entrants = [Candidate(name, 0.0, build(fmt, config)) for name, (fmt, config) in every.items()]
     race = lambda calls, wanted, rounds: interleaved(calls, seconds * len(calls), rounds)  # noqa: E731
     deadline = time.monotonic() + 60
     results = contest(Candidate("dense", 0.0, call.dense), entrants, call.reference, TOLERANCE, "quick", deadline, len(entrants), race)
@@ -93,7 +94,8 @@ def measured(tuner: CpuTuner, shape: tuple[int, int], pattern: str, tokens: int,
     ]
     return {
         "shape": shape, "pattern": pattern, "tokens": tokens, "machine": vars(Machine.measured(torch.get_num_threads())),
-        "blocks": {str(fmt): kept_blocks(problem.weight, fmt.block) for fmt in problem.formats}, "dense": times["dense"], "candidates": rows,
+        "blocks": {str(fmt): kept_blocks(problem.weight, fmt.block) for fmt in problem.formats}, "dense": times["dense"],
+        "candidates": rows,
     }
 
 

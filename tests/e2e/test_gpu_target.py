@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,12 +41,18 @@ def test_stays_dense_where_the_prediction_says_so() -> None:
     assert all(not region["sparse"] and "dense is faster" in region["reason"] for region in compiled.explain().to_dict()["regions"])
 
 
-def test_sources_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_and_a_repro_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSECC_DUMP", str(tmp_path))
     x = torch.randn(1, 512, dtype=torch.bfloat16)
     sparsecc.compile(pruned("2:4"), target="cuda:sm_90", example_inputs=(x,), dynamic_shapes=None)
     kernels = [file.read_text() for file in tmp_path.rglob("*.py") if "@triton.jit" in file.read_text()]
     assert kernels and all("packed_nm(2, 4).bf16" in text for text in kernels)
+    environment = {name: value for name, value in os.environ.items() if name != "SPARSECC_DUMP"}
+    environment["PYTHONPATH"] = str(Path(sparsecc.__file__).parents[1])
+    ran = subprocess.run([sys.executable, tmp_path / "repro.py"], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    said = " ".join(ran.stdout.split())
+    assert "target: cuda:sm_90" in said and "registers, no spills" in said and "packed_nm(2, 4).bf16" in said
 
 
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
