@@ -99,6 +99,9 @@ class Compressed(Level):
         idx = slots[:, 1].to(self.dtypes(occ.shape[1])["idx"])
         return {"ptr": _row_pointers(occ), "idx": idx.contiguous()}, slots
 
+    def refuses(self, occ: Tensor) -> str | None:
+        return _too_many(self, occ)
+
     def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
         parent = torch.repeat_interleave(torch.arange(P), arrays["ptr"].long().diff())
         return torch.stack([parent, arrays["idx"].long()], 1)
@@ -152,6 +155,9 @@ class Sell(Level):
         idx = coord.to(self.dtypes(occ.shape[1])["idx"])
         arrays = {"order": order.to(torch.uint16), "ptr": ptr.to(torch.int32), "idx": idx}
         return arrays, torch.stack([parent, coord.masked_fill(step >= counts[parent], -1)], 1)
+
+    def refuses(self, occ: Tensor) -> str | None:
+        return _too_many(self, occ)
 
     def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
         parent, step = self._slots(self._parents(arrays["order"].long()), arrays["ptr"].long())
@@ -267,6 +273,9 @@ class Bitmap(Level):
         bits = (words * self._weights()).sum(-1, dtype=torch.int32).to(torch.uint16)
         return {"ptr": _row_pointers(occ)[:: self.every].contiguous(), "bits": bits}, occ.nonzero()
 
+    def refuses(self, occ: Tensor) -> str | None:
+        return _too_many(self, occ)
+
     def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
         words = arrays["bits"].to(torch.int32).unsqueeze(-1) & self._weights()
         return (words != 0).view(P, 16 * ceil_div(C, 16))[:, :C].nonzero()
@@ -279,6 +288,17 @@ class Bitmap(Level):
 
     def _weights(self) -> Tensor:
         return torch.ones(16, dtype=torch.int32) << torch.arange(16, dtype=torch.int32)
+
+
+MOST = (1 << 31) - (1 << 16)
+"""Blocks that a weight may keep: kernels count them in 32 bits, and look up to a step beyond the last one."""
+
+
+def _too_many(level: Level, occ: Tensor) -> str | None:
+    """Why positions do not fit, or None. Blocks are only counted where they might be too many."""
+    if occ.numel() <= MOST or (kept := int(occ.sum())) <= MOST:
+        return None
+    return f"it keeps {kept} of {occ.numel()} blocks, and {level} counts them in 32 bits: use larger blocks"
 
 
 def _row_pointers(occ: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
-from sparsecc.autotune.cost import Machine, break_even, dense_work, efficiency, predict, work
+from sparsecc.autotune.cost import Machine, break_even, costs, dense_work, predict, work
 from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
@@ -160,23 +160,28 @@ class CpuTuner:
 
     def regime(self, fmt: Format, tokens: int) -> Regime:
         """Which of the kernels of one stored weight serves so many tokens."""
-        few = tokens == 1 or (tokens <= GROUP and serves_few(fmt, self.backend.isa))
-        return "many" if not few else "one" if tokens == 1 else "few"
+        regime = regime_of(tokens)
+        return "many" if regime == "few" and not serves_few(fmt, self.backend.isa) else regime
 
     def contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
         call = Call(problem)
         machine = Machine.measured(torch.get_num_threads())
         N, K = problem.weight.shape
-        dense_time = predict(dense_work(N, K), problem.tokens, machine, efficiency(Format(Dense())))
+        tokens = problem.tokens
+        dense_time = predict(dense_work(N, K), tokens, machine, costs(Format(Dense()), regime_of(tokens), ""))
         entrants = []
         ranks: dict[Format, int] = {}
         for name, (fmt, config) in candidates.items():
             rank = ranks[fmt] = ranks.get(fmt, -1) + 1
-            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), problem.tokens, machine, efficiency(fmt))
-            # Configurations of a format stand in the backend's order: the model doesn't know registers.
-            entrants.append(Candidate(name, seconds * (1 + 0.15 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
+            factors = costs(fmt, self.regime(fmt, tokens), to_text(config))
+            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), tokens, machine, factors)
+            # What the model cannot tell apart stays in the backend's order.
+            entrants.append(Candidate(name, seconds * (1 + 1e-3 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
         dense = Candidate("dense", dense_time, call.dense)
-        return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, race=undisturbed)
+        try:
+            return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, race=undisturbed)
+        finally:
+            self._kernels.clear()  # they remember the copies of the weight that they were timed with
 
     def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
         dense = next(r for r in results if r.name == "dense")
@@ -246,6 +251,11 @@ def undisturbed(calls: Mapping[str, Callable[[], Tensor]], seconds: float, round
     """`interleaved`, once the second core is free."""
     settle()
     return interleaved(calls, seconds, rounds)
+
+
+def regime_of(tokens: int) -> Regime:
+    """What decides a call with so many tokens: arithmetic, or reading the weight once for a few, or for one."""
+    return "one" if tokens == 1 else "few" if tokens <= GROUP else "many"
 
 
 def _failed(result: Result) -> bool:
