@@ -60,7 +60,7 @@ def row(task: Task) -> dict[str, Any]:
     digest = hashlib.sha256(backend.source(spec, config).encode()).hexdigest()[:32]
     key = f"compiled for {target} by triton {triton.__version__}: {digest}"
     found = _cache().get(key)
-    if found is None:
+    if found is None or found["spills"]:
         found = _compiled(backend, spec, config)
         if "error" not in found:
             _cache().put(key, found)

@@ -77,17 +77,28 @@ def _csr_space(spec: KernelSpec) -> list[GpuConfig]:
 
 
 def _fitting(spec: KernelSpec, config: GpuConfig, most: int) -> GpuConfig:
-    while _shared(spec, config) > most and (config.bk > 16):
-        config = replace(config, stages=config.stages - 1) if config.stages > 2 else replace(config, bk=config.bk // 2)
+    """With fewer stages, then fewer columns where the format leaves a choice, then fewer tokens, until the pipeline fits."""
+    while (shared := _shared(spec, config)) > most:
+        narrow = replace(config, bk=config.bk // 2)
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        elif config.bk > 16 and _shared(spec, narrow) < shared:
+            config = narrow
+        elif config.bm > 16:
+            config = replace(config, bm=config.bm // 2)
+        else:
+            break
     return config
 
 
 def _shared(spec: KernelSpec, config: GpuConfig) -> int:
     """Bytes of shared memory that the pipeline of both operands will take, about."""
-    if spec.regime == "one" or CSR in families(spec):
+    kinds = families(spec)
+    if spec.regime == "one" or CSR in kinds:
         return 0
     size = 4 if spec.dtype in ("f32", "tf32") else 2
-    return config.stages * size * config.bk * (tile_rows(spec, config) + config.bm)
+    columns = max(one.columns(fmt, config.bk) for one, fmt in zip(kinds, spec.formats, strict=True))
+    return config.stages * size * columns * (tile_rows(spec, config) + config.bm)
 
 
 @lru_cache

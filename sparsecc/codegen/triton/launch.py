@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecc.codegen.triton.compiler import compiled, function, header, interpreting
+from sparsecc.codegen.triton.compiler import MOST_REGISTERS, compiled, function, header, interpreting
 from sparsecc.codegen.triton.devices import Device
 from sparsecc.codegen.triton.driver import Driver, Loaded, Prepared, cuda_driver, loaded, prepared
 
@@ -60,6 +60,9 @@ class Launch:
             if at not in self._bound:
                 kernel = compiled(self.source, self.device).kernel
                 run = kernel.run  # loads it
+                if getattr(kernel, "n_spills", 0):
+                    kernel = compiled(self.source, self.device, MOST_REGISTERS).kernel
+                    run = kernel.run
                 kinds = [kind.startswith("*") for kind in header(self.source)[1].values()]
                 self._loaded[at] = loaded(kernel, sum(kinds), len(kinds) - sum(kinds))
                 self._bound[at] = (run, kernel.function, kernel.packed_metadata)
