@@ -52,8 +52,9 @@ class Case:
         return f"{terms} {self.M}x{self.N}x{self.K} {self.dtype} {self.epilogue or '-'} {self.mask} seed={self.seed}"
 
 
-def verify(case: Case, run: Run, device: str = "cpu") -> str | None:
-    """What is wrong with the kernel on this case, in words, or None."""
+def verify(case: Case, run: Run, device: str = "cpu", again: bool = True) -> str | None:
+    """What is wrong with the kernel on this case, in words, or None. `again`: equal inputs have to give equal bits, which says something
+    where programs run side by side."""
     random = torch.Generator().manual_seed(case.seed)
     weights = [_weight(case, fmt, random) for fmt in case.formats]
     packed = [fmt.pack(w) for fmt, w in zip(case.formats, weights, strict=True)]
@@ -76,8 +77,7 @@ def verify(case: Case, run: Run, device: str = "cpu") -> str | None:
             return "it writes into its inputs"
         if wrong := _compare(case, first, dense, x, bias, residual):
             return wrong
-        again = run(x, params, bias, residual)
-        if not torch.equal(first.nan_to_num(), again.nan_to_num()):
+        if again and not torch.equal(first.nan_to_num(), run(x, params, bias, residual).nan_to_num()):
             return "equal inputs gave other bits"
         x.copy_(other)  # the same memory: what was remembered by address is stale now
         return _compare(case, run(x, params, bias, residual), dense, x, bias, residual)

@@ -81,20 +81,22 @@ def function(source: str) -> Any:
     import triton.language as tl
 
     if interpreting():
-        _mend_dots()
+        _mend_interpreter()
     name = f"<sparsecc {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    space: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": "sparsecc.kernels"}
+    space: dict[str, Any] = {"triton": triton, "tl": tl, "core": tl.core, "__name__": "sparsecc.kernels"}
     exec(compile(source, name, "exec"), space)
     return space[re.findall(r"^def (\w+)", source, re.MULTILINE)[-1]]
 
 
 @lru_cache
-def _mend_dots() -> None:
-    """Triton's interpreter keeps bfloat16 as its bits, and multiplies those as integers: widen them first."""
+def _mend_interpreter() -> None:
+    """Triton's interpreter keeps bfloat16 as its bits, and multiplies those as integers: widen them first. And at each call of a function
+    of the language (`tl.cdiv`, `tl.sum`) it patches the language again, which takes longer than the call: the launch has done so, for
+    the modules that the kernel sees, `tl` and `core`."""
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     plain: Any = InterpreterBuilder.create_dot
 
@@ -107,6 +109,7 @@ def _mend_dots() -> None:
         return plain(self, wide(a), wide(b), *rest)
 
     InterpreterBuilder.create_dot = create_dot  # type: ignore[method-assign]
+    InterpretedFunction.__call__ = lambda self, *given, **named: self.rewrite()(*given, **named)  # type: ignore[method-assign]
 
 
 MOST_REGISTERS = 255
