@@ -53,13 +53,15 @@ def specs(texts: Iterable[str], dtypes: Iterable[str]) -> Iterator[KernelSpec]:
                 yield KernelSpec(terms, "gelu", True, regime=regime, dtype=dtype)  # type: ignore[arg-type]
 
 
-def row(task: Task) -> dict[str, Any]:
-    """What the compiler made of one kernel, now or in an earlier run."""
+def row(task: Task, compile: bool = True) -> dict[str, Any] | None:
+    """What the compiler made of one kernel, now or in an earlier run; None if it has yet to be compiled and is not to be."""
     target, spec, config = task
     backend = TritonBackend(device_of(target))
     digest = hashlib.sha256(backend.source(spec, config).encode()).hexdigest()[:32]
     key = f"compiled for {target} by triton {triton.__version__}: {digest}"
     found = _cache().get(key)
+    if (found is None or found["spills"]) and not compile:
+        return None
     if found is None or found["spills"]:
         found = _compiled(backend, spec, config)
         if "error" not in found:
@@ -97,9 +99,12 @@ def fault(task: Task, found: dict[str, Any]) -> str | None:
     return "without_matrix" if dots and not found["matrix"] else None
 
 
-def sweep(targets: list[str], texts: list[str], dtypes: list[str], jobs: int) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Every kernel and what was found of it, in a fixed order."""
+def sweep(targets: list[str], texts: list[str], dtypes: list[str], jobs: int) -> Iterator[tuple[Task, dict[str, Any] | None]]:
+    """Every kernel and what was found of it, in a fixed order; without jobs nothing is compiled."""
     tasks = [(t, spec, config) for t in targets for spec in specs(texts, dtypes) for config in TritonBackend(device_of(t)).space(spec)]
+    if jobs == 0:
+        yield from ((task, row(task, compile=False)) for task in tasks)
+        return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         yield from zip(tasks, pool.imap(row, tasks), strict=True)
 
@@ -118,12 +123,15 @@ def main() -> None:
     parser.add_argument("--targets", default="cuda:sm_80,cuda:sm_90,hip:gfx942")
     parser.add_argument("--dtypes", default="f16,bf16,f32,tf32")
     parser.add_argument("--formats", default="|".join(FORMATS))
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="processes; 0 writes down what earlier runs found")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     found: dict[str, Any] = {"triton": triton.__version__, "targets": {}}
     for task, made in sweep(asked.targets.split(","), asked.formats.split("|"), asked.dtypes.split(","), asked.jobs):
-        of = found["targets"].setdefault(task[0], {"totals": {"kernels": 0, **dict.fromkeys(FAULTS, 0)}, "rows": []})
+        of = found["targets"].setdefault(task[0], {"totals": {"kernels": 0, **dict.fromkeys(FAULTS, 0), "not compiled": 0}, "rows": []})
+        if made is None:
+            of["totals"]["not compiled"] += 1
+            continue
         of["totals"]["kernels"] += 1
         of["rows"].append(made)
         if (wrong := fault(task, made)) is not None:

@@ -72,8 +72,10 @@ def _csr_space(spec: KernelSpec) -> list[GpuConfig]:
         return [GpuConfig(bm=16, bn=rows, split=split, stages=1) for rows, split in ((16, 1), (16, 4), (32, 1), (8, 4))]
     # Products of every row and token with all columns of a block are held at once.
     many = any(fmt.block[1] > 4 for fmt in spec.formats) or (spec.dtype == "f32" and len(spec.formats) > 1)
+    dots = spec.dtype != "f32" and any(one is not CSR for one in families(spec))
     tokens = (16,) if spec.regime == "few" else (32, 16) if many else (64, 32)
-    return [GpuConfig(bm=bm, bn=rows, warps=4, stages=1) for bm in tokens for rows in ((8,) if many else (16, 8))]
+    rows = (8,) if many else (16,) if dots else (16, 8)  # a matrix instruction takes 16 rows
+    return [GpuConfig(bm=bm, bn=bn, warps=4, stages=1) for bm in tokens for bn in rows]
 
 
 def _fitting(spec: KernelSpec, config: GpuConfig, most: int) -> GpuConfig:
