@@ -33,8 +33,8 @@ def spec(text: str, dtype: str = "bf16", **fields: object) -> KernelSpec:
 
 
 def narrow_products(ttir: str) -> list[str]:
-    """Pointers offset by 32-bit products of a size or a position: with over 2^31 elements such an offset wraps around. Not those into `ptr`,
-    which has one entry for a row or a window of many elements."""
+    """Pointers offset by 32-bit products of a size or a position: with over 2^31 elements such an offset wraps around. Not those into
+    `ptr`, which has one entry for a row or a window of many elements."""
     lines = re.finditer(r"(%\w+) = ([\w.]+) (.*?) : (.*)", ttir)
     made = {line[1]: (line[2], re.findall(r"%[\w#]+", line[3]), line[4]) for line in lines}
     constants = {name for name, (op, _, _) in made.items() if op == "arith.constant"}
