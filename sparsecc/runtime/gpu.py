@@ -124,7 +124,7 @@ class GpuLinear:
         device, floats = y.device, tiles * plan.scratch
         launch = plan.launch.prepared(y.get_device(), (tiles, plan.split), pointers, numbers)
         driver = plan.launch.driver()
-        if launch is None or driver is None:
+        if launch is None or driver is None or driver.capturing():  # what is allocated while capturing belongs to the graph
             return
         known: dict[int, list[int]] = {}
 

@@ -24,6 +24,7 @@ class Launch:
     def __init__(self, source: str, device: Device) -> None:
         self.source, self.device = source, device
         self._bound: dict[int, tuple[Any, Any, Any]] = {}
+        self._kernels: dict[int, Any] = {}  # Triton unloads a kernel that nobody holds
         self._loaded: dict[int, Loaded | None] = {}
         self._function = function(source) if interpreting() else None
         self._lock = threading.Lock()
@@ -65,5 +66,6 @@ class Launch:
                     run = kernel.run
                 kinds = [kind.startswith("*") for kind in header(self.source)[1].values()]
                 self._loaded[at] = loaded(kernel, sum(kinds), len(kinds) - sum(kinds))
+                self._kernels[at] = kernel
                 self._bound[at] = (run, kernel.function, kernel.packed_metadata)
             return self._bound[at]
