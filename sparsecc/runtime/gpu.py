@@ -97,7 +97,7 @@ class GpuLinear:
         if plan.split > 1:
             tensors += self._scratch(device, tiles * plan.scratch, tiles)
         plan.launch((tiles, plan.split), tensors, numbers)
-        if not plan.transposes and K % 16 == 0 and _in_place(*given) and (residual is None or given[2].shape == y.shape):
+        if not plan.transposes and K % 16 == 0 and _in_place(*given) and (given[2] is None or given[2].shape == y.shape):
             self._shorten(plan, y, given[0].shape, tiles, len(tensors), numbers)
         return y
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.triton.compiler import Binary, binary
@@ -36,7 +34,7 @@ class TritonBackend:
         """Triton source of the kernel `linear`."""
         return linear_source(spec, config)
 
-    def load(self, source: str) -> Callable[..., Any]:
+    def load(self, source: str) -> Launch:
         """A function that launches the kernel."""
         return Launch(source, self.device)
 
