@@ -19,6 +19,7 @@ from statistics import linear_regression, median
 import sympy
 import torch
 
+from sparsecc.codegen.kernel import FEW
 from sparsecc.formats import Dense, Format
 
 M = sympy.Symbol("M", integer=True, positive=True)
@@ -104,6 +105,12 @@ def limits(work: Work, m: int, machine: Machine) -> tuple[float, float, float]:
 def predict(work: Work, m: int, machine: Machine, costs: Costs) -> float:
     """Seconds for `m` tokens."""
     return OVERHEAD + sum(cost * limit for cost, limit in zip(costs, limits(work, m, machine), strict=True))
+
+
+def predict_dense(N: int, K: int, m: int, machine: Machine) -> float:
+    """Seconds of the vendor's product y[m, N] = x[m, K] W^T."""
+    regime = "one" if m == 1 else "few" if m <= FEW else "many"
+    return predict(dense_work(N, K), m, machine, costs(Format(Dense()), regime, ""))
 
 
 def break_even(times: Mapping[float, float], dense: float) -> float | None:

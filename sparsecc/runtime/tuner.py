@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
-from sparsecc.autotune.cost import Machine, break_even, costs, dense_work, predict, work
+from sparsecc.autotune.cost import Machine, break_even, costs, predict, predict_dense, work
 from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
@@ -21,7 +21,7 @@ from sparsecc.codegen.kernel import KernelSpec, Regime
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
-from sparsecc.formats import Dense, Format, Pattern
+from sparsecc.formats import Format, Pattern
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import mask_tiles
@@ -168,7 +168,7 @@ class CpuTuner:
         machine = Machine.measured(torch.get_num_threads())
         N, K = problem.weight.shape
         tokens = problem.tokens
-        dense_time = predict(dense_work(N, K), tokens, machine, costs(Format(Dense()), regime_of(tokens), ""))
+        dense_time = predict_dense(N, K, tokens, machine)
         entrants = []
         ranks: dict[Format, int] = {}
         for name, (fmt, config) in candidates.items():
