@@ -259,13 +259,13 @@ def test_a_budget_is_shared_out_by_score_and_cost() -> None:
 
 
 def test_predicted_latency_falls() -> None:
-    from sparsecc.autotune import EFFICIENCY, Machine, dense_work, predict
+    from sparsecc.autotune.cost import Machine, predict_dense
 
     machine = Machine(5e10, 1e10, 1, 5e10)
     model, x = nn.Sequential(nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 64)), torch.randn(256, 64)
 
     def time(n: int, k: int, m: int) -> float:
-        return predict(dense_work(n, k), m, machine, EFFICIENCY["dense", 1])
+        return predict_dense(n, k, m, machine)
 
     sparsecc.prune(model, {"0": "channels"}, "l1", example_inputs=x, budget=sparsecc.latency(0.6, cost=time))
     kept = 2048 - len(dead_rows(model[0].weight))

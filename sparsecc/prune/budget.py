@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecc.autotune.cost import EFFICIENCY, Machine, dense_work, predict
+from sparsecc.autotune.cost import Machine, predict_dense
 from sparsecc.errors import SpecError
 from sparsecc.prune.calibrate import call, evaluating
 from sparsecc.prune.criteria import keep_ratios
@@ -57,7 +57,7 @@ def latency(share: float, most: float = 0.8, multiple: int = 1, cost: Cost | Non
 def _seconds(machine: Machine) -> Cost:
     @cache
     def seconds(N: int, K: int, M: int) -> float:
-        return predict(dense_work(N, K), M, machine, EFFICIENCY["dense", 1]) if N and K else 0.0
+        return predict_dense(N, K, M, machine) if N and K else 0.0
 
     return seconds
 

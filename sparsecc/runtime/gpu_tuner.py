@@ -121,7 +121,12 @@ class GpuTuner:
         key = self._key(problem, candidates)
         found = self.cache.get(key)
         if found is None:
-            results = self._contest(problem, candidates)
+            try:
+                results = self._contest(problem, candidates)
+            except torch.OutOfMemoryError as error:  # of what all candidates need: the dense code, the reference, the timing
+                return Choice(None, "", None, None, None, None, f"out of memory while tuning: {str(error).strip().partition(chr(10))[0]}")
+            finally:
+                self._kernels.clear()  # they remember the weights that they ran on
             found = {"results": [vars(r) for r in results]}
             if not any(r.error is not None and (r.error == OUT_OF_TIME or not r.error.startswith("not tried: ")) for r in results):
                 self.cache.put(key, found)

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
-from sparsecc.autotune.cost import Machine, break_even, dense_work, efficiency, predict, work
+from sparsecc.autotune.cost import Machine, break_even, costs, predict, predict_dense, work
 from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
-from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.kernel import KernelSpec, Regime
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
-from sparsecc.formats import Dense, Format, Pattern
+from sparsecc.formats import Format, Pattern
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import mask_tiles
@@ -152,28 +152,36 @@ class CpuTuner:
         """By name, the most promising first within each format."""
         found: dict[str, tuple[Format, CpuConfig]] = {}
         for fmt in problem.formats:
-            few = problem.tokens == 1 or (problem.tokens <= GROUP and serves_few(fmt, self.backend.isa))
-            regime = "many" if not few else "one" if problem.tokens == 1 else "few"
-            spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=regime)
+            spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=self.regime(fmt, problem.tokens))
             if self.backend.refuses(spec) is None:
                 for config in self.backend.space(spec):
                     found[f"{fmt} {to_text(config)}"] = (fmt, config)
         return found
 
+    def regime(self, fmt: Format, tokens: int) -> Regime:
+        """Which of the kernels of one stored weight serves so many tokens."""
+        regime = regime_of(tokens)
+        return "many" if regime == "few" and not serves_few(fmt, self.backend.isa) else regime
+
     def contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
         call = Call(problem)
         machine = Machine.measured(torch.get_num_threads())
         N, K = problem.weight.shape
-        dense_time = predict(dense_work(N, K), problem.tokens, machine, efficiency(Format(Dense())))
+        tokens = problem.tokens
+        dense_time = predict_dense(N, K, tokens, machine)
         entrants = []
         ranks: dict[Format, int] = {}
         for name, (fmt, config) in candidates.items():
             rank = ranks[fmt] = ranks.get(fmt, -1) + 1
-            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), problem.tokens, machine, efficiency(fmt))
-            # Configurations of a format stand in the backend's order: the model doesn't know registers.
-            entrants.append(Candidate(name, seconds * (1 + 0.15 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
+            factors = costs(fmt, self.regime(fmt, tokens), to_text(config))
+            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), tokens, machine, factors)
+            # What the model cannot tell apart stays in the backend's order.
+            entrants.append(Candidate(name, seconds * (1 + 1e-3 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
         dense = Candidate("dense", dense_time, call.dense)
-        return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, race=undisturbed)
+        try:
+            return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, race=undisturbed)
+        finally:
+            self._kernels.clear()  # they remember the copies of the weight that they were timed with
 
     def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
         dense = next(r for r in results if r.name == "dense")
@@ -243,6 +251,11 @@ def undisturbed(calls: Mapping[str, Callable[[], Tensor]], seconds: float, round
     """`interleaved`, once the second core is free."""
     settle()
     return interleaved(calls, seconds, rounds)
+
+
+def regime_of(tokens: int) -> Regime:
+    """What decides a call with so many tokens: arithmetic, or reading the weight once for a few, or for one."""
+    return "one" if tokens == 1 else "few" if tokens <= GROUP else "many"
 
 
 def _failed(result: Result) -> bool:

@@ -241,3 +241,16 @@ def test_detect_on_the_edges() -> None:
     assert detect(torch.zeros(0, 8)) == pattern.ANY
     assert detect(torch.zeros(8, 0)) == pattern.ANY
     assert detect(torch.randn(64, 64) * (torch.rand(64, 64) > 0.05)) == pattern.ANY
+
+
+@pytest.mark.parametrize("text", ["csr", "bsr(4, 1)", "bitmap", "bitmap(16).panels(32)", "sell(4, 64).panels(16)"])
+def test_positions_beyond_32_bits_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with over 2^31 blocks, which no test can hold."""
+    fmt = parse_format(text)
+    monkeypatch.setattr("sparsecc.formats.level.MOST", 100)
+    few, many = torch.zeros(64, 64), torch.ones(64, 64)
+    few[0] = 1
+    assert fmt.refuses(few) is None
+    assert "counts them in 32 bits: use larger blocks" in str(fmt.refuses(many))
+    with pytest.raises(FormatError, match="in 32 bits"):
+        fmt.pack(many)
