@@ -20,7 +20,7 @@ from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.native import Native
 from sparsecc.codegen.tvm.spmv import GROUP, TILES
 from sparsecc.codegen.tvm.terms import serves_few
-from sparsecc.formats import Format, Panels
+from sparsecc.formats import Format, Panels, Shared
 from sparsecc.runtime.record import call, empty, output, recording
 
 TASK_BYTES = 1 << 19
@@ -53,6 +53,7 @@ class FewTokens:
     def __init__(self, backend: TvmBackend, spec: KernelSpec, config: CpuConfig, shape: tuple[int, int]) -> None:
         self.backend, self.spec, self.config, self.shape = backend, spec, config, shape
         N, K = shape
+        self.shared = any(isinstance(fmt.level, Shared) for fmt in spec.formats)
         self.few = all(serves_few(fmt, backend.isa) for fmt in spec.formats)
         self._reach = max(_columns(fmt, K) for fmt in spec.formats) // 64 * 64 + 128
         self._pitch = max(fmt.block_rows(N) * fmt.block[0] for fmt in spec.formats) // 64 * 64 + 128
@@ -65,6 +66,8 @@ class FewTokens:
 
     def serves(self, tokens: int) -> bool:
         """Whether this is the code for so many tokens."""
+        if self.shared:
+            return False
         return tokens == 1 or (self.few and tokens <= GROUP)
 
     def source(self, tokens: int, dtype: str = "f32") -> str:

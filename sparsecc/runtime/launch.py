@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.codegen.tvm.half import paired
 from sparsecc.formats import Dense, Format, Panels
 from sparsecc.formats.level import NM
 from sparsecc.runtime.few import DTYPES, FewTokens, panels
 from sparsecc.runtime.record import call, output
-from sparsecc.runtime.tokens import rows, sequences, token_minor, token_output
+from sparsecc.runtime.tokens import rounded, rows, sequences, token_minor, token_output
 
 Pointers = tuple[c_void_p, ...]
 
@@ -91,7 +92,10 @@ class LinearKernel:
         t = sequences(x)
         if not (token or (self._padded_k == self.shape[1] and t.in_place(self.shape[1]))):
             t = rows(x)  # one sequence of all rows fills the tiles better
-        t = token_minor(self.backend, t, self._padded_k)
+        if self.config.dot != "fma":
+            t = rounded(self.backend, token_minor(self.backend, t), self._padded_k, paired(self.spec.formats[0]))
+        else:
+            t = token_minor(self.backend, t, self._padded_k)
         per = -(-t.S // self._width)
         y = token_output(N, lead) if token else output(*lead, N)
         pointers = [c_void_p(t.tensor.data_ptr()), c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())]
