@@ -40,7 +40,7 @@ def measured(tuner: CpuTuner, shape: tuple[int, int], pattern: str, tokens: int)
     layer = nn.Linear(shape[1], shape[0], bias=False)
     sparsecc.prune(layer, pattern)
     weight = layer.weight.detach()
-    formats = tuner.formats(parse_pattern(pattern), weight, None, tokens)
+    formats = tuner.formats(parse_pattern(pattern), weight, None, tokens, None)
     problem = Problem("layer", weight, tuple(fmt for fmt in formats if fmt.refuses(weight) is None), tokens, "", False)
     found = tuner.candidates(problem)
     results = [r for r in tuner.contest(problem, found) if r.name in found and r.seconds is not None]

@@ -34,6 +34,9 @@ EFFICIENCY: dict[tuple[str, int], float] = {
     ("nm", 4): 0.75,  # the same over 4 rows
     ("bitmap", 1): 0.30,  # the bits are expanded before the first FMA
     ("bitmap", 4): 0.60,  # the same over 4 rows
+    ("dense amx", 1): 8.0,  # tiles of bf16
+    ("shared amx", 1): 4.0,  # the same, and two columns of x are interleaved for every 16 rows
+    ("shared dpbf16", 1): 1.0,  # half of it is interleaving; CPUs do one or two of these in the time of an FMA, or half of one
 }
 """Fraction of `Machine.flops` reached where arithmetic decides, by (level, rows per block): the largest entry not above the format's."""
 
@@ -72,9 +75,9 @@ def dense_work(N: int, K: int) -> Work:
     return work(Format(Dense()), N, K, N * K)
 
 
-def efficiency(format: Format) -> float:
-    """The entry of EFFICIENCY for a format; that of csr for a level that the table lacks."""
-    level = str(format.level).partition("(")[0]
+def efficiency(format: Format, dot: str = "fma") -> float:
+    """The entry of EFFICIENCY for a format and what multiplies; that of csr for a level that the table lacks."""
+    level = str(format.level).partition("(")[0] + (f" {dot}" if dot != "fma" else "")
     rows = {r: share for (kind, r), share in EFFICIENCY.items() if kind == level} or {1: EFFICIENCY["csr", 1]}
     return rows[max(r for r in rows if r <= format.block[0])]
 

@@ -21,7 +21,7 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
-from sparsecc.formats import Dense, Format, Pattern
+from sparsecc.formats import Dense, Format, Pattern, Shared
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import mask_tiles
@@ -65,9 +65,9 @@ class CpuTuner:
         self.between = self
         self.notes: dict[str, str] = {}  # for the explanation's header
 
-    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
-        """See `passes.pack.formats_for`."""
-        return formats_for(pattern, weight, codec, tokens)
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None) -> list[Format]:
+        """See `passes.pack.formats_for`. Where the CPU has no products in bf16, what was asked for runs in float32."""
+        return formats_for(pattern, weight, codec, tokens, compute)
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
@@ -169,7 +169,10 @@ class CpuTuner:
         ranks: dict[Format, int] = {}
         for name, (fmt, config) in candidates.items():
             rank = ranks[fmt] = ranks.get(fmt, -1) + 1
-            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), problem.tokens, machine, efficiency(fmt))
+            stored = work(fmt, N, K, kept_blocks(problem.weight, fmt.block))
+            if isinstance(fmt.level, Shared):
+                stored = work(fmt, N, K, fmt.level.rows * kept_blocks(problem.weight, (fmt.level.rows, 1)))
+            seconds = predict(stored, problem.tokens, machine, efficiency(fmt, config.dot))
             # Configurations of a format stand in the backend's order: the model doesn't know registers.
             entrants.append(Candidate(name, seconds * (1 + 0.15 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
         dense = Candidate("dense", dense_time, call.dense)

@@ -36,6 +36,8 @@ TILE = 16, 32
 """Rows and columns (bf16) of an AMX tile of weights: 1 KiB."""
 AHEAD = 4
 """Tiles of weights between a product and the prefetch beside it."""
+STRIP = 8
+"""Steps of columns: 256 of 64 tokens are 32 KiB."""
 DOTS = {"amx": "amx-bf16", "dpbf16": "avx512bf16"}
 """What multiplies -> LLVM's name of what it takes."""
 _FEATURES = 128  # per task of `round_source`
@@ -157,7 +159,7 @@ def half_source(spec: KernelSpec, dot: str, chunk: int) -> str:
                 w.opaque("yt", place("y"))
                 if spec.residual:
                     w.opaque("rt", place("res"))
-            with _tiles(w, dot):
+            with _tiles(w, dot, chunk if paired(fmt) else TILE[0]):
                 for vectors, offset in write_parts(w, VECTORS, LANES):
                     {"amx": _write_tiles, "dpbf16": _write_pairs}[dot](w, spec, _Part(vectors, offset))
             if by_rows:
@@ -200,8 +202,8 @@ def _column(at: str) -> str:
 class _tiles:  # noqa: N801
     """Configures the core's tiles for the block under it, all alike, and gives them back."""
 
-    def __init__(self, w: Writer, dot: str) -> None:
-        self.w, self.amx = w, dot == "amx"
+    def __init__(self, w: Writer, dot: str, rows: int) -> None:
+        self.w, self.amx, self.rows = w, dot == "amx", rows
 
     def __enter__(self) -> None:
         if not self.amx:
@@ -214,7 +216,7 @@ class _tiles:  # noqa: N801
             w("shapes[16 + t * 2] = T.uint8(64)")
             w("shapes[48 + t] = T.uint8(16)")
         _do(w, "ldtilecfg", "T.address_of(shapes[0])")
-        w(f'sums = T.alloc_buffer(({TILE[0] * SPAN},), "float32", scope="global")')
+        w(f'sums = T.alloc_buffer(({self.rows * SPAN},), "float32", scope="global")')
         w(f'pairs = T.alloc_buffer(({2 * TILE[1] * SPAN},), "uint16", scope="global")')
 
     def __exit__(self, *error: object) -> None:
@@ -227,38 +229,61 @@ def _do(w: Writer, name: str, *args: str) -> None:
 
 
 def _write_tiles(w: Writer, spec: KernelSpec, part: _Part) -> None:
-    """A tile of sums for each vector of tokens, 16 rows at a time."""
-    rows, direct = TILE[0], paired(spec.formats[0])
-    if not direct:
-        w.opaque("step", f'T.Cast("int64", ptr0[first // {rows}])')
-        w.opaque("end", f'T.Cast("int64", ptr0[(last + {rows - 1}) // {rows}])')
-        with w.block("if step < end:"):
-            _write_gather(w, part, "step")
+    """A tile of sums for each vector of tokens, 16 rows at a time, all of their columns."""
+    rows = TILE[0]
+    if paired(spec.formats[0]):
+        _write_strips(w, spec, part)
+        return
+    w.opaque("step", f'T.Cast("int64", ptr0[first // {rows}])')
+    w.opaque("end", f'T.Cast("int64", ptr0[(last + {rows - 1}) // {rows}])')
+    with w.block("if step < end:"):
+        _write_gather(w, part, "step")
     with w.block(f"for i in range((last - first + {rows - 1}) // {rows}):"):
         w(f"row: T.let = first + i * {rows}")
+        w(f'begin: T.let = T.Cast("int64", ptr0[row // {rows}])')
+        w(f'until: T.let = T.Cast("int64", ptr0[row // {rows} + 1])')
         for v in range(part.vectors):
             _do(w, "tilezero", f"T.int8({v})")
-        if direct:
-            w(f"stored: T.let = T.min(row, N - {rows})")  # the last tile may begin with rows of the one before
-            with w.block("for panel in range(P0):"):
-                at = f"xt + panel * {TILE[1] * SPAN}"
-                place_of = lambda v: f"{at} + ({part.offset} + {v * LANES}) * 2"  # noqa: E731
-                _write_product(w, part, f"(panel * N + stored) * {TILE[1]}", "x", place_of, 2 * SPAN)
-        else:
-            w("stored: T.let = row")
-            w(f'until: T.let = T.Cast("int64", ptr0[row // {rows} + 1])')
-            w(f'begin: T.let = T.Cast("int64", ptr0[row // {rows}])')
-            with w.block("for j in range(until - begin):"):
-                w("now: T.let = begin + j")
-                _write_gather(w, part, "T.min(now + 1, end - 1)")
-                size = TILE[1] * LANES
-                place_of = lambda v: f"now % 2 * {TILE[1] * SPAN} + {v * size}"  # noqa: E731
-                _write_product(w, part, f"now * {rows * TILE[1]}", "pairs", place_of, TILE[1])
-        for v in range(part.vectors):
-            _do(w, "tilestored64", f"T.int8({v})", f"T.address_of(sums[{v * LANES}])", f"T.int64({4 * SPAN})")
-        with w.block(f"for r in range(T.min(T.int64({rows}), last - row)):"):
-            found = [vec("sums", f"(row - stored + r) * {SPAN} + {v * LANES}", LANES) for v in range(part.vectors)]
-            _write_result(w, spec, part, "row + r", found)
+        with w.block("for j in range(until - begin):"):
+            w("now: T.let = begin + j")
+            _write_gather(w, part, "T.min(now + 1, end - 1)")
+            size = TILE[1] * LANES
+            place_of = lambda v: f"now % 2 * {TILE[1] * SPAN} + {v * size}"  # noqa: E731
+            _write_product(w, part, f"now * {rows * TILE[1]}", "pairs", place_of, TILE[1])
+        _write_sums(w, part, "0", "tilestored64")
+        _write_group(w, spec, part, "0")
+
+
+def _write_strips(w: Writer, spec: KernelSpec, part: _Part) -> None:
+    """The same for K as it comes, in strips of columns of which x stays in the first-level cache."""
+    rows = TILE[0]
+    with w.block(f"for strip in range((P0 + {STRIP - 1}) // {STRIP}):"), w.block(f"for i in range((last - first + {rows - 1}) // {rows}):"):
+        w(f"row: T.let = first + i * {rows}")
+        w(f"begin: T.let = T.min(row, N - {rows})")  # the last tile may start with rows of the one before
+        sums = f"i * {rows * SPAN}"
+        with w.block("if strip == 0:"):
+            for v in range(part.vectors):
+                _do(w, "tilezero", f"T.int8({v})")
+        with w.block("else:"):
+            _write_sums(w, part, sums, "tileloadd64")
+        with w.block(f"for j in range(T.min(T.int64({STRIP}), P0 - strip * {STRIP})):"):
+            w(f"panel: T.let = strip * {STRIP} + j")
+            place_of = lambda v: f"xt + panel * {TILE[1] * SPAN} + ({part.offset} + {v * LANES}) * 2"  # noqa: E731
+            _write_product(w, part, f"(panel * N + begin) * {TILE[1]}", "x", place_of, 2 * SPAN)
+        _write_sums(w, part, sums, "tilestored64")
+        with w.block(f"if strip == (P0 - 1) // {STRIP}:"):
+            _write_group(w, spec, part, f"{sums} + (row - begin) * {SPAN}")
+
+
+def _write_sums(w: Writer, part: _Part, at: str, do: str) -> None:
+    for v in range(part.vectors):
+        _do(w, do, f"T.int8({v})", f"T.address_of(sums[{at} + {v * LANES}])", f"T.int64({4 * SPAN})")
+
+
+def _write_group(w: Writer, spec: KernelSpec, part: _Part, at: str) -> None:
+    with w.block(f"for r in range(T.min(T.int64({TILE[0]}), last - row)):"):
+        found = [vec("sums", f"{at} + r * {SPAN} + {v * LANES}", LANES) for v in range(part.vectors)]
+        _write_result(w, spec, part, "row + r", found)
 
 
 def _write_gather(w: Writer, part: _Part, step: str) -> None:
