@@ -55,8 +55,8 @@ SpecLike = Union["SparsitySpec", RuleLike, Mapping[str, RuleLike]]
 
 
 def options(pattern: RuleLike = None, codec: str | None = None, compute: str | None = None) -> Rule:
-    """A rule with options: `options("block(4, 1)", codec="bf16")`, `options("2:4", compute="bf16")`. Raises SpecError on an unknown pattern,
-    codec or compute."""
+    """A rule with options: `options("block(4, 1)", codec="bf16")`, `options("2:4", compute="bf16")`. Raises SpecError on an unknown
+    pattern, codec or compute."""
     rule = _rule(pattern)
     return Rule(rule.pattern, codec or rule.codec or compute, rule.dense, compute or rule.compute)
 

@@ -199,7 +199,7 @@ def _column(at: str) -> str:
 # ---- tiles
 
 
-class _tiles:  # noqa: N801
+class _tiles:
     """Configures the core's tiles for the block under it, all alike, and gives them back."""
 
     def __init__(self, w: Writer, dot: str, rows: int) -> None:
