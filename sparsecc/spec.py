@@ -22,8 +22,8 @@ class Rule:
     detect:  exploit the zeros that are there (pattern None)
     require: the weight must satisfy `pattern`
     dense:   leave it alone
-    `codec` ("f32", "bf16", "f16") is the storage of its values, None the compiler's choice. `compute` "bf16" also lets activations be
-    rounded to bf16 where they are multiplied, which takes values in bf16; None is float32.
+    `codec` ("f32", "bf16", "f16") is the storage of its values, None the compiler's choice. `compute` "bf16" lets values and
+    activations be rounded to bf16 where they are multiplied so, which is where that is faster; None is float32.
     """
 
     pattern: Pattern | None = None
@@ -34,7 +34,7 @@ class Rule:
     def __post_init__(self) -> None:
         if self.compute not in (None, "bf16"):
             raise SpecError(f'unknown compute {self.compute!r}: known is "bf16"; without it products are float32')
-        if self.compute and self.codec != self.compute:
+        if self.compute and self.codec not in (None, self.compute):
             raise SpecError(f'compute="bf16" takes values in bf16, not in {self.codec}: leave the codec out, or the compute')
         if self.codec is not None and self.codec not in Raw.DTYPES:
             raise SpecError(f"unknown codec {self.codec!r}: known are {', '.join(Raw.DTYPES)}")
@@ -45,7 +45,7 @@ class Rule:
 
     def __str__(self) -> str:
         what = str(self.pattern) if self.mode == "require" else self.mode
-        return f"{what}, {self.codec} values{' and products' if self.compute else ''}" if self.codec else what
+        return ", ".join([what, *([f"{self.codec} values"] * bool(self.codec)), *([f"{self.compute} products"] * bool(self.compute))])
 
 
 DETECT = Rule()
@@ -58,7 +58,7 @@ def options(pattern: RuleLike = None, codec: str | None = None, compute: str | N
     """A rule with options: `options("block(4, 1)", codec="bf16")`, `options("2:4", compute="bf16")`. Raises SpecError on an unknown
     pattern, codec or compute."""
     rule = _rule(pattern)
-    return Rule(rule.pattern, codec or rule.codec or compute, rule.dense, compute or rule.compute)
+    return Rule(rule.pattern, codec or rule.codec, rule.dense, compute or rule.compute)
 
 
 @dataclass(frozen=True)

@@ -91,16 +91,19 @@ def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int
         natural += [Format(Compressed())] * (Format(Compressed()) not in natural)
         if density >= (SMALLER_FROM if tokens <= FEW else BITMAP_FROM):
             natural.append(Format(Bitmap()))
-    if compute == "bf16" and tokens > FEW:
-        rows = pattern.rows if isinstance(pattern, Block) else 1
-        natural += [Format(Shared(math.gcd(rows, 8), 2))]
-        natural += [Format(Shared(16, 32)), Format(Dense(), swizzle=Panels(32))] * (len(weight) >= 16)
     raw = Raw(codec) if codec else Raw()
     if codec is None:
         for smaller in (Raw("bf16"), Raw("f16")):
             if weight.dtype == smaller.torch_dtype:
                 raw = smaller
-    return [replace(fmt, codec=raw) for fmt in natural]
+    return [replace(fmt, codec=raw) for fmt in natural] + (_half(pattern, weight) if compute == "bf16" and tokens > FEW else [])
+
+
+def _half(pattern: Pattern, weight: Tensor) -> list[Format]:
+    """Formats for products in bf16: pairs of columns, and, from 16 rows on, tiles."""
+    rows = pattern.rows if isinstance(pattern, Block) else 1
+    tiles = [Format(Shared(16, 32)), Format(Dense(), swizzle=Panels(32))] * (len(weight) >= 16)
+    return [replace(fmt, codec=Raw("bf16")) for fmt in (*tiles, Format(Shared(math.gcd(rows, 8), 2)))]
 
 
 def tokens_of(x: fx.Node) -> int:

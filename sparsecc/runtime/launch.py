@@ -39,6 +39,7 @@ class LinearKernel:
         pairs = zip(spec.formats, grids, strict=True)
         self._sizes = tuple(size for fmt, (parents, coords) in pairs for size in (coords, panels(fmt, N, parents)))
         self._few = FewTokens(backend, spec, config, shape)
+        self._quick = self._few.quick if spec.layout == "row" else None
         self._width = backend.isa.lanes * config.vectors
         self._zeros = torch.zeros(N)
         self._bound: dict[int, tuple[Sequence[Tensor], Pointers]] = {}
@@ -58,10 +59,8 @@ class LinearKernel:
         return self._few.source(tokens) if self._few.serves(tokens) else self.backend.source(self.spec, self.config)
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        if self.spec.layout == "row" and x.is_contiguous():
-            bound = self._few.bound(x, params, bias)
-            if bound is not None:
-                return self._few.run(bound, x, residual)
+        if self._quick is not None and (y := self._quick(x, params, bias, residual)) is not None:
+            return y
         N, K = self.shape
         tokens = x.numel() // K if K else math.prod(x.shape[:-1])
         # Several tokens that lie token-minor stay so.

@@ -19,6 +19,7 @@ from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, con
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.codegen.tvm.half import dot_of
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Dense, Format, Pattern, Shared
@@ -155,7 +156,8 @@ class CpuTuner:
             few = problem.tokens == 1 or (problem.tokens <= GROUP and serves_few(fmt, self.backend.isa))
             regime = "many" if not few else "one" if problem.tokens == 1 else "few"
             spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=regime)
-            if self.backend.refuses(spec) is None:
+            slow = dot_of(fmt) == "dpbf16" and self.backend.isa.has("amx-bf16")  # half as fast as float32 where there are tiles
+            if self.backend.refuses(spec) is None and not slow:
                 for config in self.backend.space(spec):
                     found[f"{fmt} {to_text(config)}"] = (fmt, config)
         return found

@@ -140,4 +140,4 @@ def test_calls_are_bound_per_weight_and_threads() -> None:
     for _ in range(2):
         for w, params in zip(weights, packed, strict=True):
             assert_close(few(x, params, None, None), x.double() @ w.double().t(), 2e-5)
-    assert len(few._bound) == 3
+    assert len(few._last) == 3
