@@ -169,8 +169,8 @@ class FewTokens:
         count = ctypes.c_int((4 if self.spec.residual else 3) + len(args))
         like = torch.empty(*x.shape[:-1], self.shape[0], dtype=x.dtype)
         bound = Bound(
-            code.kernel, count, code.tail(args), floats, tuple(params), bias, first, params[-1].data_ptr(), first.data_ptr(), x.shape, x.dtype, like,
-            get_num_threads(),
+            code.kernel, count, code.tail(args), floats, tuple(params), bias, first, params[-1].data_ptr(), first.data_ptr(),
+            x.shape, x.dtype, like, get_num_threads(),
         )  # fmt: skip
         with self._lock:
             while len(self._last) >= BOUND:
