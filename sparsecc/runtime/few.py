@@ -19,8 +19,9 @@ from torch import Tensor, empty_like, get_num_threads
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.codegen.tvm.few_tiles import tiled
 from sparsecc.codegen.tvm.native import REFUSED, RESULT, Native
-from sparsecc.codegen.tvm.spmv import GROUP, TILES
+from sparsecc.codegen.tvm.spmv import GROUP, TILES, WIDE
 from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, Panels, Shared
 from sparsecc.runtime.record import RECORDERS, call, empty, output, recording
@@ -77,6 +78,7 @@ class FewTokens:
         self.backend, self.spec, self.config, self.shape = backend, spec, config, shape
         N, K = shape
         self.shared = any(isinstance(fmt.level, Shared) for fmt in spec.formats)
+        self.wide = all(tiled(fmt, backend.isa) for fmt in spec.formats)
         self.few = all(serves_few(fmt, backend.isa) for fmt in spec.formats)
         self._reach = max(_columns(fmt, K) for fmt in spec.formats) // 64 * 64 + 128
         self._pitch = max(fmt.block_rows(N) * fmt.block[0] for fmt in spec.formats) // 64 * 64 + 128
@@ -94,13 +96,17 @@ class FewTokens:
 
     def source(self, tokens: int, dtype: str = "f32") -> str:
         """The text of the kernel."""
-        tile = next((t for t in TILES if t >= tokens), TILES[-1])
+        tile = self._tile(tokens)
         spec = replace(self.spec, regime="one" if tile == 1 else "few", dtype=dtype, layout="row", ragged=False)
         return self.backend.source(spec, replace(self.config, vectors=tile))
 
+    def _tile(self, tokens: int) -> int:
+        """Tokens that the kernel takes together."""
+        return WIDE if self.wide and tokens > 1 else next((t for t in TILES if t >= tokens), TILES[-1])
+
     def load(self, tokens: int, dtype: str) -> Callable[..., Any]:
         """The kernel, compiled when it is first asked for."""
-        key = next((t for t in TILES if t >= tokens), TILES[-1]), dtype
+        key = self._tile(tokens), dtype
         if key not in self._code:
             self._code[key] = self.backend.load(self.source(tokens, dtype))
         return self._code[key]
@@ -153,12 +159,12 @@ class FewTokens:
         N, K = self.shape
         tokens, threads = x.numel() // K, get_num_threads()
         first = self._zeros(x.dtype) if bias is None else bias.contiguous()
-        parts = 1 if tokens <= TILES[-1] else max(1, -(-sum(p.nbytes for p in params) // (threads * TASK_BYTES)))
+        parts = 1 if tokens <= self._tile(tokens) else max(1, -(-sum(p.nbytes for p in params) // (threads * TASK_BYTES)))
         args = (
             *(c_void_p(tensor.data_ptr()) for tensor in (first, *params)),
             tokens, N, K, self._reach, self._pitch, K, N, N, threads * parts, *self._sizes,
         )  # fmt: skip
-        floats = (1 if tokens == 1 else GROUP) * (self._pitch + 2 * self._reach)
+        floats = (1 if tokens == 1 else GROUP) * (self._pitch + (3 if self.wide else 2) * self._reach)
         return self.load(tokens, DTYPES[x.dtype]), args, floats, first
 
     def _bind(self, x: Tensor, params: list[Tensor], bias: Tensor | None) -> bool:

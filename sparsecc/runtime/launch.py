@@ -92,7 +92,7 @@ class LinearKernel:
         if not (token or (self._padded_k == self.shape[1] and t.in_place(self.shape[1]))):
             t = rows(x)  # one sequence of all rows fills the tiles better
         if self.config.dot != "fma":
-            t = rounded(self.backend, token_minor(self.backend, t), self._padded_k, paired(self.spec.formats[0]))
+            t = rounded(self.backend, token_minor(self.backend, t), self.shape[1], self._padded_k, paired(self.spec.formats[0]))
         else:
             t = token_minor(self.backend, t, self._padded_k)
         per = -(-t.S // self._width)

@@ -114,12 +114,12 @@ def token_minor(backend: TvmBackend, value: Tensor | Tokens, padded: int = 0) ->
     return made
 
 
-def rounded(backend: TvmBackend, tokens: Tokens, padded: int, pairs: bool) -> Tokens:
-    """Token-minor tokens as bf16 (u16) of `padded` features, in the order of `codegen.tvm.half`."""
+def rounded(backend: TvmBackend, tokens: Tokens, features: int, padded: int, pairs: bool) -> Tokens:
+    """Token-minor tokens of `features` as bf16 (u16) of `padded`, in the order of `codegen.tvm.half`."""
     spans = -(-tokens.S // SPAN)
     made = empty(tokens.B * spans * padded * SPAN, dtype=torch.uint16)
     addresses = c_void_p(tokens.tensor.data_ptr()), c_void_p(made.data_ptr())
-    call(backend.round_tokens(pairs), *addresses, tokens.B, tokens.S, tokens.tensor.shape[-1], padded, *tokens.steps)
+    call(backend.round_tokens(pairs), *addresses, tokens.B, tokens.S, features, padded, *tokens.steps)
     return Tokens(made, tokens.B, tokens.S, spans * padded * SPAN, 1, SPAN, padded * SPAN)
 
 

@@ -17,7 +17,8 @@ buffer, a step ahead of its product; "dpbf16" (`vdpbf16ps`) a pair of a row by 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from sparsecc.codegen.kernel import KernelSpec
@@ -159,7 +160,10 @@ def half_source(spec: KernelSpec, dot: str, chunk: int) -> str:
                 w.opaque("yt", place("y"))
                 if spec.residual:
                     w.opaque("rt", place("res"))
-            with _tiles(w, dot, chunk if paired(fmt) else TILE[0]):
+            if dot == "amx":
+                w(f'sums = T.alloc_buffer(({(chunk if paired(fmt) else TILE[0]) * SPAN},), "float32", scope="global")')
+                w(f'pairs = T.alloc_buffer(({2 * TILE[1] * SPAN},), "uint16", scope="global")')
+            with configured(w) if dot == "amx" else nullcontext():
                 for vectors, offset in write_parts(w, VECTORS, LANES):
                     {"amx": _write_tiles, "dpbf16": _write_pairs}[dot](w, spec, _Part(vectors, offset))
             if by_rows:
@@ -199,32 +203,22 @@ def _column(at: str) -> str:
 # ---- tiles
 
 
-class _tiles:
-    """Configures the core's tiles for the block under it, all alike, and gives them back."""
-
-    def __init__(self, w: Writer, dot: str, rows: int) -> None:
-        self.w, self.amx, self.rows = w, dot == "amx", rows
-
-    def __enter__(self) -> None:
-        if not self.amx:
-            return
-        w = self.w
-        w('shapes = T.alloc_buffer((64,), "uint8", scope="global")')
-        w(f"{vec('shapes', 0, 64)} = T.broadcast(T.uint8(0), 64)")
-        w("shapes[0] = T.uint8(1)")
-        with w.block("for t in range(8):"):
-            w("shapes[16 + t * 2] = T.uint8(64)")
-            w("shapes[48 + t] = T.uint8(16)")
-        _do(w, "ldtilecfg", "T.address_of(shapes[0])")
-        w(f'sums = T.alloc_buffer(({self.rows * SPAN},), "float32", scope="global")')
-        w(f'pairs = T.alloc_buffer(({2 * TILE[1] * SPAN},), "uint16", scope="global")')
-
-    def __exit__(self, *error: object) -> None:
-        if self.amx:
-            _do(self.w, "tilerelease")
+@contextmanager
+def configured(w: Writer) -> Iterator[None]:
+    """Sets up the core's tiles for what is written in the block, all of them alike, and gives them back."""
+    w('shapes = T.alloc_buffer((64,), "uint8", scope="global")')
+    w(f"{vec('shapes', 0, 64)} = T.broadcast(T.uint8(0), 64)")
+    w("shapes[0] = T.uint8(1)")
+    with w.block("for t in range(8):"):
+        w(f"shapes[16 + t * 2] = T.uint8({2 * TILE[1]})")
+        w(f"shapes[48 + t] = T.uint8({TILE[0]})")
+    do_tiles(w, "ldtilecfg", "T.address_of(shapes[0])")
+    yield
+    do_tiles(w, "tilerelease")
 
 
-def _do(w: Writer, name: str, *args: str) -> None:
+def do_tiles(w: Writer, name: str, *args: str) -> None:
+    """An instruction on tiles."""
     w(f'T.evaluate(T.call_llvm_intrin("void", "llvm.x86.{name}"{"".join(f", {arg}" for arg in args)}))')
 
 
@@ -243,7 +237,7 @@ def _write_tiles(w: Writer, spec: KernelSpec, part: _Part) -> None:
         w(f'begin: T.let = T.Cast("int64", ptr0[row // {rows}])')
         w(f'until: T.let = T.Cast("int64", ptr0[row // {rows} + 1])')
         for v in range(part.vectors):
-            _do(w, "tilezero", f"T.int8({v})")
+            do_tiles(w, "tilezero", f"T.int8({v})")
         with w.block("for j in range(until - begin):"):
             w("now: T.let = begin + j")
             _write_gather(w, part, "T.min(now + 1, end - 1)")
@@ -263,7 +257,7 @@ def _write_strips(w: Writer, spec: KernelSpec, part: _Part) -> None:
         sums = f"i * {rows * SPAN}"
         with w.block("if strip == 0:"):
             for v in range(part.vectors):
-                _do(w, "tilezero", f"T.int8({v})")
+                do_tiles(w, "tilezero", f"T.int8({v})")
         with w.block("else:"):
             _write_sums(w, part, sums, "tileloadd64")
         with w.block(f"for j in range(T.min(T.int64({STRIP}), P0 - strip * {STRIP})):"):
@@ -277,7 +271,7 @@ def _write_strips(w: Writer, spec: KernelSpec, part: _Part) -> None:
 
 def _write_sums(w: Writer, part: _Part, at: str, do: str) -> None:
     for v in range(part.vectors):
-        _do(w, do, f"T.int8({v})", f"T.address_of(sums[{at} + {v * LANES}])", f"T.int64({4 * SPAN})")
+        do_tiles(w, do, f"T.int8({v})", f"T.address_of(sums[{at} + {v * LANES}])", f"T.int64({4 * SPAN})")
 
 
 def _write_group(w: Writer, spec: KernelSpec, part: _Part, at: str) -> None:
@@ -301,11 +295,11 @@ def _write_product(w: Writer, part: _Part, weights: str, buffer: str, x: Callabl
     with w.block(f"for line in range({TILE[0]}):"):
         where = f"T.address_of(val0[{at} + {AHEAD * TILE[0] * TILE[1]} + line * {TILE[1]}])"
         w(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", {where}, T.int32(0), T.int32(3), T.int32(1)))')
-    _do(w, "tileloadd64", "T.int8(4)", f"T.address_of(val0[{at}])", f"T.int64({2 * TILE[1]})")
+    do_tiles(w, "tileloadd64", "T.int8(4)", f"T.address_of(val0[{at}])", f"T.int64({2 * TILE[1]})")
     for v in range(part.vectors):
         tile = 5 + v % 3
-        _do(w, "tileloadd64", f"T.int8({tile})", f"T.address_of({buffer}[{x(v)}])", f"T.int64({2 * stride})")
-        _do(w, "tdpbf16ps", f"T.int8({v})", "T.int8(4)", f"T.int8({tile})")
+        do_tiles(w, "tileloadd64", f"T.int8({tile})", f"T.address_of({buffer}[{x(v)}])", f"T.int64({2 * stride})")
+        do_tiles(w, "tdpbf16ps", f"T.int8({v})", "T.int8(4)", f"T.int8({tile})")
 
 
 # ---- vdpbf16ps
