@@ -101,8 +101,8 @@ class FewTokens:
         return self.backend.source(spec, replace(self.config, vectors=tile))
 
     def _tile(self, tokens: int) -> int:
-        """Tokens that the kernel takes together."""
-        return WIDE if self.wide and tokens > 1 else next((t for t in TILES if t >= tokens), TILES[-1])
+        """Tokens that the kernel takes together. Up to eight, multiply-adds cost less than expanding into memory."""
+        return WIDE if self.wide and tokens > TILES[-1] else next((t for t in TILES if t >= tokens), TILES[-1])
 
     def load(self, tokens: int, dtype: str) -> Callable[..., Any]:
         """The kernel, compiled when it is first asked for."""
