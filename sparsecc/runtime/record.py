@@ -149,6 +149,7 @@ def span_of(tensor: Tensor) -> int | None:
 
 def set_span(tensor: Tensor, floats: int) -> None:
     """The tensor's storage holds spans at this distance."""
+    assert RECORDERS.recorder is not None
     RECORDERS.recorder.spans[tensor.untyped_storage().data_ptr()] = floats
 
 
