@@ -67,6 +67,19 @@ def test_half_activations_are_rounded_once(text: str, dtype: torch.dtype) -> Non
         assert ((y.double() - want).abs() <= 0.51 * ulp + 2e-5 * want.abs().max()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_of_few_tokens_lose_nothing(dtype: torch.dtype) -> None:
+    """Where tiles of bf16 multiply, an activation of another dtype is a sum of several: as exact as float32, at any scale."""
+    shape = (45, 85)
+    run, w = kernel("bitmap.bf16", shape), weight(parse_format("bitmap.bf16"), shape)
+    params, x = list(parse_format("bitmap.bf16").pack(w).values()), torch.randn(13, shape[1]).to(dtype)
+    if dtype == torch.float32:
+        x *= 10.0 ** torch.arange(-24, 28, 4)[:13, None]
+    want = x.double() @ w.double().t()
+    ulp = 0.51 * torch.finfo(dtype).eps * want.abs()
+    assert ((run(x, params, None, None).double() - want).abs() <= ulp + 1e-6 * want.abs().amax(1, keepdim=True)).all()
+
+
 def test_stores_keep_nan_and_infinities() -> None:
     run, w = kernel("csr.bf16", (4, 4)), torch.eye(4)
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.0]], dtype=torch.bfloat16)
