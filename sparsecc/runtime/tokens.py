@@ -115,7 +115,7 @@ def token_minor(backend: TvmBackend, value: Tensor | Tokens, padded: int = 0) ->
 
 
 def rounded(backend: TvmBackend, tokens: Tokens, features: int, padded: int, pairs: bool) -> Tokens:
-    """Token-minor tokens of `features` as bf16 (u16) of `padded`, in the order of `codegen.tvm.half`."""
+    """Token-minor tokens of `features` as bf16 (u16) of `padded`, in an order of `codegen.tvm.rounding`."""
     spans = -(-tokens.S // SPAN)
     made = empty(tokens.B * spans * padded * SPAN, dtype=torch.uint16)
     addresses = c_void_p(tokens.tensor.data_ptr()), c_void_p(made.data_ptr())

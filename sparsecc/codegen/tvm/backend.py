@@ -15,8 +15,9 @@ from typing import Any
 from sparsecc.codegen.config import tunable
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm import native
-from sparsecc.codegen.tvm.half import DOTS, TILE, dot_of, half_source, round_source
+from sparsecc.codegen.tvm.half import DOTS, TILE, dot_of, half_source
 from sparsecc.codegen.tvm.host import Isa, host_isa
+from sparsecc.codegen.tvm.rounding import round_source
 from sparsecc.codegen.tvm.spmm import spmm_source
 from sparsecc.codegen.tvm.spmv import spmv_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source
@@ -114,7 +115,7 @@ class TvmBackend:
         return _mover(self, "tokens")
 
     def round_tokens(self, pairs: bool) -> Callable[..., Any]:
-        """Token-minor activations to bf16, see `half`."""
+        """Token-minor activations to bf16, see `rounding`."""
         return _rounder(self, pairs)
 
 

@@ -12,9 +12,10 @@ three times those of bf16). Sums are float32.
 
 from __future__ import annotations
 
-from sparsecc.codegen.tvm.half import LANES, TILE, do_tiles
+from sparsecc.codegen.tvm.half import TILE, do_tiles
 from sparsecc.codegen.tvm.host import Isa
 from sparsecc.codegen.tvm.loops import write_prefetch
+from sparsecc.codegen.tvm.rounding import LANES
 from sparsecc.codegen.tvm.terms import Term, expands
 from sparsecc.codegen.tvm.tiles import write_transposed
 from sparsecc.codegen.tvm.writer import Writer, splat, vec

@@ -1,6 +1,6 @@
 """Family spmm in bf16 arithmetic: sparse weight [N, K] times many tokens, products of bf16 pairs along K, sums in float32.
 
-Tokens come rounded to bf16, 64 at a time (`round_source`):
+Tokens come rounded to bf16, 64 at a time (`rounding`):
 
     gather   x[span][k][64], for `shared(rows, step)`: any two columns become pairs by interleaving their tokens in registers
     pairs    x[span][k / 2][64][2], for `dense.bf16.panels(32)`: K as it comes
@@ -24,15 +24,12 @@ from dataclasses import dataclass
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.entries import pointers
+from sparsecc.codegen.tvm.rounding import LANES, VECTORS
 from sparsecc.codegen.tvm.spmm import INTS
 from sparsecc.codegen.tvm.tiles import SPAN, place, write_parts, write_rows
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
 from sparsecc.formats import Dense, Format, Panels, Shared
 
-ROUND_INTS = ("B", "S", "K", "padded_k", "x_stride", "x_span", "x_batch")
-"""Of `round_source`: x as in `tiles`, K features of it; y[batch][span][padded_k][64], zero from K on."""
-LANES = 16
-VECTORS = SPAN // LANES
 TILE = 16, 32
 """Rows and columns (bf16) of an AMX tile of weights: 1 KiB."""
 AHEAD = 4
@@ -41,7 +38,6 @@ STRIP = 8
 """Steps of columns: 256 of 64 tokens are 32 KiB."""
 DOTS = {"amx": "amx-bf16", "dpbf16": "avx512bf16"}
 """What multiplies -> LLVM's name of what it takes."""
-_FEATURES = 128  # per task of `round_source`
 
 DOT_PAIRS = """declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 define internal <16 x float> @dot_pairs(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) alwaysinline {
@@ -71,65 +67,6 @@ def paired(fmt: Format) -> bool:
     return isinstance(fmt.level, Dense)
 
 
-def round_source(pairs: bool) -> str:
-    """f(x f32, y bf16, *ROUND_INTS): token-minor tokens rounded to the nearest, and then to the even one."""
-    w = Writer()
-    with w.function("round_pairs" if pairs else "round_tokens", {"x": "float32", "y": "uint16"}, ROUND_INTS):
-        w(f"spans: T.let = (S + {SPAN - 1}) // {SPAN}")
-        w(f"blocks: T.let = (padded_k + {_FEATURES - 1}) // {_FEATURES}")
-        with w.block("for task in T.parallel(B * spans * blocks):"):
-            w.opaque("batch", "task // blocks // spans")
-            w.opaque("span", "task // blocks % spans")
-            w.opaque("start", f"span * {SPAN}")
-            w.opaque("first", f"task % blocks * {_FEATURES}")
-            w.opaque("last", f"T.min(padded_k, first + {_FEATURES})")
-            w.opaque("left", f"T.min((S - start + {LANES - 1}) // {LANES}, T.int64({VECTORS}))")
-            w.opaque("at", place("x"))
-            w.opaque("to", f"((batch * spans + span) * padded_k + first) * {SPAN}")
-            (_round_pairs if pairs else _round_tokens)(w)
-    return w.text
-
-
-def _rounded(low: str, high: str) -> str:
-    """Two vectors of float32, one behind the other, as bf16."""
-    return f'T.call_llvm_pure_intrin("uint16x32", "llvm.x86.avx512bf16.cvtne2ps2bf16.512", {high}, {low})'
-
-
-def _round_tokens(w: Writer) -> None:
-    """32 tokens of a feature in the order in which `_interleaved` parts them again."""
-    order = [half * 16 + 4 * lane + i for lane in range(4) for half in (0, 1) for i in range(4)]
-    with w.block("for k in range(T.max(T.int64(0), T.min(last, K) - first)):"), w.block("for half in range((left + 1) // 2):"):
-        w("from_x: T.let = at + (first + k) * x_stride + half * 32")
-        low = w.let("low", vec("x", "from_x", LANES))
-        w('second = T.alloc_buffer((16,), "float32", scope="global")')
-        w(f"{vec('second', 0, LANES)} = {low}")  # a tile's last vector may have no neighbour
-        with w.block("if half * 2 + 1 < left:"):
-            w(f"{vec('second', 0, LANES)} = {vec('x', 'from_x + 16', LANES)}")
-        both = w.let("both", _rounded(low, vec("second", 0, LANES)))
-        w(f"{vec('y', f'to + k * {SPAN} + half * 32', 32)} = T.Shuffle([{both}], {order})")
-    _write_zeros(w, "T.max(first, T.min(last, K))")
-
-
-def _round_pairs(w: Writer) -> None:
-    """Two features of 16 tokens, interleaved."""
-    order = [i + part * 16 for i in range(16) for part in (0, 1)]
-    with w.block("for k in range((T.max(first, T.min(last, K)) - first) // 2):"), w.block("for v in range(left):"):
-        w(f"from_x: T.let = at + (first + k * 2) * x_stride + v * {LANES}")
-        both = w.let("both", _rounded(vec("x", "from_x", LANES), vec("x", "from_x + x_stride", LANES)))
-        w(f"{vec('y', f'to + k * {2 * SPAN} + v * 32', 32)} = T.Shuffle([{both}], {order})")
-    with w.block("if (K % 2 == 1) and (first < K) and (K <= last):"), w.block("for v in range(left):"):
-        zero = splat("T.float32(0)", LANES)
-        both = w.let("both", _rounded(vec("x", f"at + (K - 1) * x_stride + v * {LANES}", LANES), zero))
-        w(f"{vec('y', f'to + (K - 1 - first) * {SPAN} + v * 32', 32)} = T.Shuffle([{both}], {order})")
-    _write_zeros(w, "T.max(first, T.min(last, (K + 1) // 2 * 2))")
-
-
-def _write_zeros(w: Writer, start: str) -> None:
-    w.opaque("end", start)
-    with w.block(f"for v in range((last - end) * {SPAN // 32}):"):
-        w(f"{vec('y', f'to + (end - first) * {SPAN} + v * 32', 32)} = {splat('T.uint16(0)', 32)}")
-
-
 @dataclass(frozen=True)
 class _Part:
     """`vectors` of tokens from `offset` in the tile on."""
@@ -139,7 +76,7 @@ class _Part:
 
 
 def half_source(spec: KernelSpec, dot: str, chunk: int) -> str:
-    """The kernel's text; arguments as those of `spmm_source`, x as `round_source` leaves it. `chunk`: rows per task."""
+    """The kernel's text; arguments as those of `spmm_source`, x as `rounding` leaves it. `chunk`: rows per task."""
     fmt, w, by_rows = spec.formats[0], Writer(), spec.layout == "row"
     params = {"x": "uint16", "y": "float32", "bias": "float32"} | ({"res": "float32"} if spec.residual else {})
     with w.function("spmm", params | pointers(fmt, spec.wide, 0), (*INTS, "C0", "P0")):
