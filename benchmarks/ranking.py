@@ -61,7 +61,7 @@ def problem_of(tuner: CpuTuner, shape: tuple[int, int], pattern: str, tokens: in
     layer = nn.Linear(shape[1], shape[0], bias=False)
     sparsecc.prune(layer, pattern)
     weight = layer.weight.detach()
-    formats = tuner.formats(parse_pattern(pattern), weight, None, tokens)
+    formats = tuner.formats(parse_pattern(pattern), weight, None, tokens, None)
     return Problem("layer", weight, tuple(fmt for fmt in formats if fmt.refuses(weight) is None), tokens, "", False)
 
 

@@ -255,7 +255,9 @@ def _literal(value: Any) -> str:
             return repr(str(value))
         case Rule():
             text = "dense" if value.dense else "detect" if value.pattern is None else str(value.pattern)
-            return repr(text) if value.codec is None else f"options({text!r}, codec={value.codec!r})"
+            named = {"codec": value.codec, "compute": value.compute}
+            given = "".join(f", {name}={option!r}" for name, option in named.items() if option is not None)
+            return f"options({text!r}{given})" if given else repr(text)
         case SparsitySpec():
             return _literal(dict(value.entries))
         case Mapping():

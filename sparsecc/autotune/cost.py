@@ -31,6 +31,14 @@ OVERHEAD = 1e-5
 Costs = tuple[float, float, float]
 """Seconds taken per second of arithmetic, of reading the weight and of moving activations at the machine's limit."""
 
+HALF: dict[str, Costs] = {
+    "dense amx": (0.13, 1.0, 1.0),
+    "shared amx": (0.25, 1.0, 1.0),  # tiles too, but two columns of x are interleaved for every 16 rows
+    "shared dpbf16": (1.0, 1.0, 1.0),  # half of it is interleaving; CPUs do one or two of these in the time of an FMA, or half of one
+}
+"""Of products in bf16, by level and what multiplies: guesses, since the benchmark that fits the others does not ask for them."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the machine reaches: `flops` fp32 FLOP/s per thread, `bandwidth` (DRAM) and `cache_bandwidth` (L2) bytes/s of all threads."""
@@ -77,11 +85,13 @@ def measured_costs() -> dict[str, dict[str, dict[str, Costs]]]:
     return {r: {kind: {c: (x[0], x[1], x[2]) for c, x in of.items()} for kind, of in kinds.items()} for r, kinds in found.items()}
 
 
-def costs(format: Format, regime: str, config: str) -> Costs:
-    """As measured; for a kind of format that was not, of the one with the most rows of a block not above its own (of csr where the level
-    is unknown), and for a configuration that was not, in the middle of those that were."""
+def costs(format: Format, regime: str, config: str, dot: str = "fma") -> Costs:
+    """As measured, or guessed for products (`dot`) in bf16; for a kind of format that was not, of the one with the most rows of a block
+    not above its own (of csr where the level is unknown), and for a configuration that was not, in the middle of those that were."""
     table, kind = measured_costs()[regime], kind_of(format)
     level, rows = kind.split()
+    if dot != "fma":
+        return HALF[f"{level} {dot}"]
     if kind not in table:
         near = [int(one.split()[1]) for one in table if one.split()[0] == level]
         kind = f"{level} {max([r for r in near if r <= int(rows)] or near)}" if near else "csr 1"

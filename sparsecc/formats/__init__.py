@@ -25,6 +25,7 @@ from .pattern import (
     rows,
     unstructured,
 )
+from .shared import Shared
 from .swizzle import Identity, Panels, Swizzle
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Raw",
     "Rows",
     "Sell",
+    "Shared",
     "Swizzle",
     "Unstructured",
     "block",

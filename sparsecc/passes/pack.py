@@ -7,6 +7,7 @@ The tuner measures the formats that can hold the pattern against the dense code.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sparsecc.codegen.kernel import FEW
-from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Format, Panels, Pattern, Sell
+from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Dense, Format, Panels, Pattern, Sell, Shared
 from sparsecc.formats.codec import Raw
 from sparsecc.formats.level import NM as NMLevel
 from sparsecc.ir.infer import value_of
@@ -56,9 +57,9 @@ def _pack(program: Program, view: LinearView, context: Context) -> None:
     assert context.tuner is not None
     weight, pattern, region = program.const(view.params[0]), view.terms[0].zeros, program.region(view.node)
     name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
-    codec = context.spec.rule_for(name).codec
+    rule = context.spec.rule_for(name)
     tokens = tokens_of(view.x)
-    formats = context.tuner.formats(pattern, weight, codec, tokens)
+    formats = context.tuner.formats(pattern, weight, rule.codec, tokens, rule.compute)
     kept = [fmt for fmt in formats if fmt.refuses(weight) is None]
     region.more |= {"m": tokens, "shape": tuple(weight.shape), "zeros": 1 - int(weight.count_nonzero()) / max(1, weight.numel()),
                     "dense_bytes": weight.numel() * weight.element_size()}
@@ -76,8 +77,9 @@ def _pack(program: Program, view: LinearView, context: Context) -> None:
     view.replace(params=params, terms=(view.terms[0].with_(format=choice.format),))
 
 
-def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
-    """Formats that can hold the zeros of `pattern`, the natural one first; none approximates unless the codec was asked for by name."""
+def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None = None) -> list[Format]:
+    """Formats that can hold the zeros of `pattern`, the natural one first; none approximates unless the codec was asked for by name.
+    For many tokens and `compute` "bf16" there are those that instructions on pairs and tiles read, too."""
     density = int(weight.count_nonzero()) / max(1, weight.numel())
     natural: list[Format] = []
     if isinstance(pattern, Block):
@@ -94,7 +96,14 @@ def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int
         for smaller in (Raw("bf16"), Raw("f16")):
             if weight.dtype == smaller.torch_dtype:
                 raw = smaller
-    return [replace(fmt, codec=raw) for fmt in natural]
+    return [replace(fmt, codec=raw) for fmt in natural] + (_half(pattern, weight) if compute == "bf16" and tokens > FEW else [])
+
+
+def _half(pattern: Pattern, weight: Tensor) -> list[Format]:
+    """Formats for products in bf16: pairs of columns, and, from 16 rows on, tiles."""
+    rows = pattern.rows if isinstance(pattern, Block) else 1
+    tiles = [Format(Shared(16, 32)), Format(Dense(), swizzle=Panels(32))] * (len(weight) >= 16)
+    return [replace(fmt, codec=Raw("bf16")) for fmt in (*tiles, Format(Shared(math.gcd(rows, 8), 2)))]
 
 
 def tokens_of(x: fx.Node) -> int:

@@ -52,6 +52,8 @@ def _select(program: Program, view: LinearView, spec: SparsitySpec) -> None:
     region.more["shape"] = tuple(weight.shape)
     region.more["dense_bytes"] = weight.numel() * weight.element_size()
     rule = _rule(spec, modules)
+    if rule.codec or rule.compute:
+        region.more["codec"] = f"{rule.codec or ''}{' products' if rule.compute else ''}"
     if rule.mode == "dense":
         region.reason = "the spec leaves it dense"
     elif weight.numel() == 0:

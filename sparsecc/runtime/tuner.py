@@ -19,9 +19,10 @@ from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, con
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec, Regime
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.codegen.tvm.half import dot_of
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
-from sparsecc.formats import Format, Pattern
+from sparsecc.formats import Format, Pattern, Shared
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import mask_tiles
@@ -65,9 +66,9 @@ class CpuTuner:
         self.between = self
         self.notes: dict[str, str] = {}  # for the explanation's header
 
-    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
-        """See `passes.pack.formats_for`."""
-        return formats_for(pattern, weight, codec, tokens)
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None) -> list[Format]:
+        """See `passes.pack.formats_for`. Where the CPU has no products in bf16, what was asked for runs in float32."""
+        return formats_for(pattern, weight, codec, tokens, compute)
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
@@ -153,7 +154,8 @@ class CpuTuner:
         found: dict[str, tuple[Format, CpuConfig]] = {}
         for fmt in problem.formats:
             spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=self.regime(fmt, problem.tokens))
-            if self.backend.refuses(spec) is None:
+            slow = dot_of(fmt) == "dpbf16" and self.backend.isa.has("amx-bf16")  # half as fast as float32 where there are tiles
+            if self.backend.refuses(spec) is None and not slow:
                 for config in self.backend.space(spec):
                     found[f"{fmt} {to_text(config)}"] = (fmt, config)
         return found
@@ -173,10 +175,12 @@ class CpuTuner:
         ranks: dict[Format, int] = {}
         for name, (fmt, config) in candidates.items():
             rank = ranks[fmt] = ranks.get(fmt, -1) + 1
-            factors = costs(fmt, self.regime(fmt, tokens), to_text(config))
-            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), tokens, machine, factors)
+            factors = costs(fmt, self.regime(fmt, tokens), to_text(config), config.dot)
+            shared = fmt.level.rows if isinstance(fmt.level, Shared) else 1
+            stored = work(fmt, N, K, shared * kept_blocks(problem.weight, (shared, 1) if shared > 1 else fmt.block))
             # What the model cannot tell apart stays in the backend's order.
-            entrants.append(Candidate(name, seconds * (1 + 1e-3 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
+            entrants.append(Candidate(name, predict(stored, tokens, machine, factors) * (1 + 1e-3 * rank),
+                                      lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))  # fmt: skip
         dense = Candidate("dense", dense_time, call.dense)
         try:
             return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, race=undisturbed)
