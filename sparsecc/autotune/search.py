@@ -90,8 +90,8 @@ def _race(ready: Sequence[Entrant], seconds: float, deadline: float, race: Race)
     # even the median sample was mostly waiting for a turn, all would seem equal, and only the shortest samples say anything.
     first = timings["0"]
     crowded = first.median > CROWDED * first.best
-    seconds = {name: t.best if crowded else first.median * t.ratio for name, t in timings.items()}
-    return [Result(c.name, c.predicted, took, None) for (c, _), took in zip(ready, seconds.values(), strict=True)]
+    took = {name: t.best if crowded else first.median * t.ratio for name, t in timings.items()}
+    return [Result(c.name, c.predicted, each, None) for (c, _), each in zip(ready, took.values(), strict=True)]
 
 
 def _admit(
