@@ -17,12 +17,14 @@ from sparsecc.autotune.progress import progress
 from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
-from sparsecc.ir.ops import KERNELS
+from sparsecc.ir.image_ops import DEPTHWISE
+from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import print_program
 from sparsecc.ir.token_ops import DIALECT
 from sparsecc.passes import PIPELINE
 from sparsecc.passes.context import Context
+from sparsecc.passes.convolution import CONVOLUTION
 from sparsecc.passes.manager import History, run_passes
 from sparsecc.passes.pack import tokens_of
 from sparsecc.runtime.graphs import Graphed, capturable
@@ -179,7 +181,9 @@ def not_here(target: str) -> Callable[..., Sequence[Any]]:
 def explanation(history: History, options: Options, notes: Mapping[str, str]) -> Explanation:
     """The regions as they stood before lowering, which returns dense ones to ATen. `notes` go into the header."""
     steps = [step for step in history.steps if step.name != "lower"]
-    regions = [steps[-1].program.region(view.node) for view in steps[-1].program.linears()]
+    program = steps[-1].program
+    shown = (LINEAR, CONVOLUTION, DEPTHWISE)
+    regions = [program.regions[node.name] for node in program.graph.nodes if node.target in shown and node.name in program.regions]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes})
 

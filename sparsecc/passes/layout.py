@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx
 
+from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.passes.attention import SDPA, is_causal, key_heads, mask_of
@@ -113,6 +114,8 @@ class _Plan:
     def _reads_tokens(self, value: fx.Node, user: fx.Node) -> bool:
         if user in self.owner:
             return value in self.owner[user].reads
+        if user.target in IMAGE_MEANINGS:
+            return True
         if user not in self.linears:
             return False
         view = LinearView(user)

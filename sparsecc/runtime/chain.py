@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsecc.codegen.tvm.tiles import SPAN
-from sparsecc.ir import ops, token_ops
+from sparsecc.ir import image_ops, ops, token_ops
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
@@ -29,7 +29,7 @@ from sparsecc.ir.token_ops import layout_of
 from sparsecc.runtime.record import NotAView, Pool, Recorder, Replay
 
 aten = torch.ops.aten
-KINDS: dict[Any, Any] = {LINEAR: ops.linear, **token_ops.MEANINGS}
+KINDS: dict[Any, Any] = {LINEAR: ops.linear, **token_ops.MEANINGS, **image_ops.IMAGE_MEANINGS}
 """Ops that kernels run, and what to call without the dispatcher."""
 VIEWS = {
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor,
@@ -113,7 +113,8 @@ class Batch:
             return None  # code that lower has just written
         values = [value_of(node) for node in (*tensors, *nodes)]
         first = [str(t.shape[0]) for t in values[: len(tensors)] if t.ndim > 2 and isinstance(t.shape[0], torch.SymInt)]
-        leading = [str(t.shape[0]) if t.ndim > 2 else "" for t in values if isinstance(t, Tensor)]
+        pooled = {id(value_of(node)) for node in nodes if node.target is image_ops.POOL}
+        leading = [str(t.shape[0]) if t.ndim > 2 or id(t) in pooled else "" for t in values if isinstance(t, Tensor)]
         texts = [str(value_of(size)) for size in sizes]
         if not first or not all(text in (first[0], "1") for text in leading) or any(first[0] in text != first[0] for text in texts):
             return None
@@ -156,7 +157,8 @@ class Result:
             for d, size in enumerate(getattr(value_of(tensor), "shape", ())):
                 known.setdefault(str(size), (t, d))
         sizes = [size if isinstance(size, int) else known.get(str(size)) for size in getattr(value, "shape", (None,))]
-        return None if None in sizes else Result(value.dtype, layout_of(node.target, node.args), tuple(sizes))  # type: ignore[arg-type]
+        layout = "row" if node.target is image_ops.POOL else layout_of(node.target, node.args)
+        return None if None in sizes else Result(value.dtype, layout, tuple(sizes))  # type: ignore[arg-type]
 
     def fake(self, tensors: Sequence[Tensor]) -> Tensor:
         """Shape, dtype and strides."""

@@ -18,6 +18,7 @@ from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, con
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.codegen.tvm.image import WindowSpec
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Dense, Format, Pattern
@@ -37,11 +38,15 @@ from sparsecc.runtime.between import (
     TilesKernel,
     TokensKernel,
 )  # fmt: skip
-from sparsecc.runtime.calls import Call
+from sparsecc.runtime.calls import Call, PictureCall
+from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
 
 TOLERANCE = 2e-5
 """Largest error of a candidate, as a fraction of the largest output: float32 accumulation in another order."""
+
+PICTURES_TOP = 5
+"""How many candidates a convolution has with "quick" effort: it is tuned as it is run, token-minor, and its dense code is among them."""
 
 WINS_BY = 0.97
 """A candidate replaces dense code only if it takes at most this fraction of its time: below that, noise decides."""
@@ -120,6 +125,15 @@ class CpuTuner:
         """The key that stands in the program, and the kernel."""
         return self._named(f"mask tiles {'rows' if rows else 'keys'}"), TilesKernel(self.backend, rows)
 
+    def window(self, kind: str, window: Sequence[int], epilogue: str) -> tuple[str, DepthwiseKernel | PatchesKernel]:
+        """The key that stands in the program, and the kernel, of "depthwise" or "patches"."""
+        spec = WindowSpec(kind, (window[0], window[1]), (window[2], window[3]), epilogue)
+        return self._named(spec), (DepthwiseKernel if kind == "depthwise" else PatchesKernel)(self.backend, spec)
+
+    def pool(self) -> tuple[str, PoolKernel]:
+        """The key that stands in the program, and the kernel."""
+        return self._named("pool"), PoolKernel(self.backend)
+
     def _named(self, what: object) -> str:
         return f"cpu:{self.backend.isa.name} {what}"
 
@@ -158,7 +172,7 @@ class CpuTuner:
         return found
 
     def contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
-        call = Call(problem)
+        call = Call(problem) if problem.picture is None else PictureCall(problem, problem.picture)
         machine = Machine.measured(torch.get_num_threads())
         N, K = problem.weight.shape
         dense_time = predict(dense_work(N, K), problem.tokens, machine, efficiency(Format(Dense())))
@@ -170,7 +184,8 @@ class CpuTuner:
             # Configurations of a format stand in the backend's order: the model doesn't know registers.
             entrants.append(Candidate(name, seconds * (1 + 0.15 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
         dense = Candidate("dense", dense_time, call.dense)
-        return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline)
+        top = PICTURES_TOP if problem.picture and self.effort == "quick" else None
+        return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, top)
 
     def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
         dense = next(r for r in results if r.name == "dense")
@@ -187,6 +202,9 @@ class CpuTuner:
             wins, by, how = sparse.seconds <= WINS_BY * dense.seconds, dense.seconds / sparse.seconds, "measured"
         else:
             wins, by, how = sparse.predicted < dense.predicted, dense.predicted / sparse.predicted, "predicted"
+        if problem.picture is not None:
+            reason = f"{by:.2f}x torch's convolution, {how}"
+            return Choice(fmt, to_text(config), sparse.predicted, sparse.seconds, dense.seconds, even, reason, times)
         at = "" if even is None else f"; break-even at {even:.0%} zeros"
         if wins:
             return Choice(fmt, to_text(config), sparse.predicted, sparse.seconds, dense.seconds, even, f"{by:.2f}x dense, {how}{at}", times)
@@ -200,7 +218,7 @@ class CpuTuner:
         machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
         digest = hashlib.sha256(f"{list(candidates)} {machine} {self.effort}".encode()).hexdigest()[:16]
         tokens = problem.tokens if problem.tokens <= 2 else 2 ** math.ceil(math.log2(problem.tokens))
-        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}"
+        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}{problem.picture or ''}"
         return f"{N}x{K} {problem.weight.dtype} M={tokens} kept={density / 50:.2f} {call} {digest}"
 
 

@@ -1,7 +1,7 @@
 """Family image: what reads a neighbourhood of every pixel, on token-minor values: a token is a pixel, its channel's plane is contiguous.
 
 depthwise  y[c][oh, ow] = act(bias[c] + sum_ij w[c][i, j] x[c][oh * s + i - top, ow * s + j - left])
-patches    y[(c, i, j)][oh, ow] = x[c][oh * s + i * d - top, ow * s + j * d - left]          a k x k convolution is a linear of those
+patches    y[(c, i, j)][oh, ow] = x[c][oh * s + i - top, ow * s + j - left]                  a k x k convolution is a linear of those
 pool       y[c] = mean of x[c]
 
 Vectors lie along a row of the result. A tap of stride 1 is one unaligned load; of stride 2, the even or odd lanes of two. Lanes outside
@@ -11,7 +11,6 @@ pixel are finite.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsecc.codegen.tvm.activation import write_activation
@@ -31,20 +30,19 @@ POOL_INTS = ("B", "C", "S", "x_stride", "x_batch")
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """The window of a convolution: `kernel`, `stride` and `dilation` are (vertical, horizontal). `epilogue` is a depthwise one's; `planes`:
-    whether pixels of a channel are contiguous."""
+    """The window of a convolution: `kernel` and `stride` are (vertical, horizontal). `epilogue` is a depthwise one's; `planes`: whether the
+    pixels of a channel are contiguous."""
 
     kind: str
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    dilation: tuple[int, int] = (1, 1)
     epilogue: str = ""
     planes: bool = True
 
     def __str__(self) -> str:
         window = "x".join(map(str, self.kernel))
-        facts = f" /{'x'.join(map(str, self.stride))}" + (f" :{'x'.join(map(str, self.dilation))}" if self.dilation != (1, 1) else "")
-        return f"{self.kind} {window}{facts}{' ' + self.epilogue if self.epilogue else ''}{'' if self.planes else ' by pixels'}"
+        step = f" /{'x'.join(map(str, self.stride))}"
+        return f"{self.kind} {window}{step}{' ' + self.epilogue if self.epilogue else ''}{'' if self.planes else ' by pixels'}"
 
 
 def depthwise_source(spec: WindowSpec, lanes: int) -> str:
@@ -69,13 +67,13 @@ def depthwise_source(spec: WindowSpec, lanes: int) -> str:
 def _write_rows(w: Writer, spec: WindowSpec, lanes: int) -> None:
     """ROWS vectors of the result, below each other."""
     kh, kw = spec.kernel
-    step, down = spec.stride[0], spec.dilation[0]
+    step = spec.stride[0]
     taps = Taps(w, spec, lanes)
     sums = w.registers("sum", ROWS, 1, lanes)
     for r in range(ROWS):
         w(f"{sums(r, 0)} = {splat('bias[c]', lanes)}")
-    for row in range((ROWS - 1) * step + (kh - 1) * down + 1):
-        uses = [(r, (row - r * step) // down) for r in range(ROWS) if 0 <= row - r * step <= (kh - 1) * down and (row - r * step) % down == 0]
+    for row in range((ROWS - 1) * step + kh):
+        uses = [(r, row - r * step) for r in range(ROWS) if 0 <= row - r * step < kh]
         if not uses:
             continue
         with w.block(f"if (ih + {row} >= 0) and (ih + {row} < H):"):
@@ -100,13 +98,13 @@ class Taps:
 
     def __init__(self, w: Writer, spec: WindowSpec, lanes: int) -> None:
         self.w, self.spec, self.lanes = w, spec, lanes
-        step, over, kw = spec.stride[1], spec.dilation[1], spec.kernel[1]
+        step, kw = spec.stride[1], spec.kernel[1]
         w.opaque("iw", f"ow * {step} - left")
         if step == 1:
-            self.pieces = [(j * over,) for j in range(kw)]
+            starts = list(range(kw))
         else:  # the taps of a pair of columns are the even and the odd lanes of the same two vectors
-            self.pieces = [(at, at + lanes) for at in sorted({j * over // 2 * 2 for j in range(kw)})]
-        self.masks = {at: self._mask(at) for piece in self.pieces for at in piece}
+            starts = [start for at in range(0, kw, 2) for start in (at, at + lanes)]
+        self.masks = {at: self._mask(at) for at in starts}
 
     def _mask(self, at: int) -> str:
         lanes = self.lanes
@@ -116,13 +114,13 @@ class Taps:
 
     def load(self, row: str) -> list[str]:
         """Names of the vectors; `row` is where the picture's row begins."""
-        w, lanes, over = self.w, self.lanes, self.spec.dilation[1]
+        w, lanes, kw = self.w, self.lanes, self.spec.kernel[1]
         loaded = {at: w.let("x", masked_load(f"x[{row} + iw + {at}]", self.masks[at], lanes)) for at in self.masks}
         if self.spec.stride[1] == 1:
-            return [loaded[j * over] for j in range(self.spec.kernel[1])]
+            return [loaded[j] for j in range(kw)]
         found = []
-        for j in range(self.spec.kernel[1]):
-            first, odd = divmod(j * over, 2)
+        for j in range(kw):
+            first, odd = divmod(j, 2)
             low, high = loaded[2 * first], loaded[2 * first + lanes]
             found.append(w.let("tap", f"T.Shuffle([{low}, {high}], {[2 * i + odd for i in range(lanes)]})"))
         return found
@@ -147,7 +145,7 @@ def patches_source(spec: WindowSpec, lanes: int) -> str:
             for tap in range(kh * kw):
                 _write_behind(w, lanes, f"yt + {tap} * y_stride")
             with w.block("for oh in range(OH):"), w.block(f"for i in range({kh}):"):
-                w.opaque("row", f"oh * {spec.stride[0]} + i * {spec.dilation[0]} - top")
+                w.opaque("row", f"oh * {spec.stride[0]} + i - top")
                 w.opaque("to", f"yt + i * {kw} * y_stride + oh * OW")
                 with w.block("if (row >= 0) and (row < H):"):
                     _write_patch_row(w, spec, lanes)
@@ -168,7 +166,7 @@ def _write_patch_row(w: Writer, spec: WindowSpec, lanes: int) -> None:
         return
     for j in range(kw):
         with w.block("for ow in range(OW):"):
-            iw = w.let("iw", f"ow * {spec.stride[1]} + {j * spec.dilation[1]} - left")
+            iw = w.let("iw", f"ow * {spec.stride[1]} + {j} - left")
             inside = f"T.if_then_else(({iw} >= 0) and ({iw} < W), x[xt + (row * W + {iw}) * x_token], T.float32(0))"
             w(f"y[to + {j} * y_stride + ow] = {inside}")
 
@@ -206,13 +204,3 @@ def _planes(w: Writer, planes: str) -> None:
 def _write_behind(w: Writer, lanes: int, plane: str) -> None:
     """Zeros in the last vector that has pixels: those are written afterwards, what is behind them stays."""
     w(f"{vec('y', f'{plane} + (OH * OW - 1) // {lanes} * {lanes}', lanes)} = {constant(0.0, lanes)}")
-
-
-def output_size(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
-    """Of a convolution, along one dimension."""
-    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def window_of(values: Sequence[int]) -> tuple[int, int]:
-    """(vertical, horizontal)."""
-    return int(values[0]), int(values[-1])
