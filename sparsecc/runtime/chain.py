@@ -26,6 +26,7 @@ from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
 from sparsecc.ir.program import Program, get_attr, make_module
 from sparsecc.ir.token_ops import layout_of
+from sparsecc.runtime.bands import Band, bands
 from sparsecc.runtime.record import NotAView, Pool, Recorder, Replay
 
 aten = torch.ops.aten
@@ -173,11 +174,30 @@ class _Run(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, recorder: Recorder | None) -> None:
         super().__init__(gm)
         self.recorder, self.results = recorder, set(gm.graph.output_node().all_input_nodes)
+        self.bands = {} if recorder is None else bands(gm.graph.nodes, self.results)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n in self.bands:
+            return self._run_band(self.bands[n])
         if self.recorder is not None:
             self.recorder.result = n in self.results
         return super().run_node(n)
+
+    def _run_band(self, band: Band) -> None:
+        """All of its kernels: their nodes count as run, and what only they read is let go."""
+        if self.recorder is not None and self.recorder.spanned:
+            raise NotAView("pictures lie in planes")
+        nodes, last = [step.node for step in band.steps], band.steps[-1].node
+        env = dict(self.env)
+        for node in {i for n in nodes for i in n.all_input_nodes if i.op == "get_attr"}:
+            env[node] = self.get_attr(node.target, (), {})
+        value = band.run(env, self.recorder, last in self.results)
+        for node in nodes:
+            self.env[node] = None
+            for gone in self.user_to_last_uses.get(node, ()):
+                self.env.pop(gone, None)
+                self.env[gone] = None
+        self.env[last] = value
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.fake = any(isinstance(a, FakeTensor) for a in args)
@@ -313,6 +333,8 @@ def _link(program: Program, nodes: list[fx.Node]) -> Chain:
     sizes = [i for i in outer if isinstance(value_of(i), int | torch.SymInt)]
     tensors = [i for i in outer if i not in sizes and i not in fixed]
     values = {node: graph.placeholder(node.name) for node in (*tensors, *sizes)}
+    for node, placeholder in values.items():
+        placeholder.meta["val"] = value_of(node)
     values |= {node: graph.get_attr(str(node.target)) for node in fixed}
     for node in nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
