@@ -1,4 +1,4 @@
-"""Making zeros: prune a model's linear weights in place until they satisfy a spec."""
+"""Making zeros: prune a model's linear and convolution weights in place until they satisfy a spec."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import SpecError
 from .formats.pattern import Pattern
+from .names import LINEARS
 from .spec import SparsitySpec, SpecLike
 
 Criterion = Literal["magnitude", "wanda"]
@@ -64,7 +65,7 @@ class _Target:
     """A weight to prune, once, however many modules share it."""
 
     names: tuple[str, ...]
-    modules: tuple[nn.Linear, ...]
+    modules: tuple[Any, ...]
     pattern: Pattern
 
     @property
@@ -79,7 +80,10 @@ def prune(
     calibration: Iterable[Any] | None = None,
     exclude: Iterable[str] = ("lm_head",),
 ) -> PruneReport:
-    """Sets the lowest-scoring entries of `nn.Linear` weights to zero, in place, so that each satisfies its pattern in `spec`.
+    """Sets the lowest-scoring entries of `nn.Linear` and `nn.Conv2d` weights to zero, in place, so that each satisfies its pattern in `spec`.
+
+    A convolution's weight is a matrix [out, in * kh * kw], so blocks span output channels. A pattern for all weights means linears and
+    1 x 1 convolutions; larger ones are pruned where the spec names them, grouped and transposed ones never.
 
     magnitude: score |W|, compared over the whole weight.
     wanda:     score |W| * ||x||_2 per input feature, compared within each output row (Sun et al., "A Simple and Effective Pruning
@@ -99,18 +103,18 @@ def prune(
     with torch.no_grad():
         for target in targets:
             weight, before = target.weight, _density(target.weight)
-            score = weight.detach().abs().float()
+            score = weight.detach().abs().float().flatten(1)
             if target.names in norms:
                 score *= norms[target.names].to(score)
             mask = target.pattern.topk_mask(score, per_row=criterion == "wanda")
-            weight.masked_fill_(~mask, 0)
+            weight.masked_fill_(~mask.view(weight.shape), 0)
             rows.append(PruneRow(target.names, str(target.pattern), before, _density(weight)))
     return PruneReport(tuple(rows), skipped)
 
 
 def _targets(model: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...]) -> tuple[list[_Target], dict[str, str]]:
     """The weights to prune, all checked, and the linears left alone with the reason."""
-    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LINEARS)}
     spec.check_globs(linears)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, _Target] = {}
@@ -118,7 +122,7 @@ def _targets(model: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...]) -> 
     for name, module in linears.items():
         rule = spec.rule_for(name)
         if rule.mode == "require" and rule.pattern is not None:
-            reason = _exempt(name, module, spec, exclude, embeddings)
+            reason = _exempt(name, module, spec, exclude, embeddings) or _unfit(name, module, spec)
         else:
             reason = "dense in the spec" if rule.mode == "dense" else "the spec names no pattern for it"
         if reason or rule.pattern is None:
@@ -134,7 +138,17 @@ def _targets(model: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...]) -> 
     return list(found.values()), skipped
 
 
-def _exempt(name: str, module: nn.Linear, spec: SparsitySpec, exclude: tuple[str, ...], embeddings: set[int]) -> str:
+def _unfit(name: str, module: nn.Module, spec: SparsitySpec) -> str:
+    """Why a convolution is not pruned."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return ""
+    if not isinstance(module, nn.Conv2d) or module.groups > 1 or set(module.dilation) != {1}:
+        return "grouped, dilated, transposed, 1d and 3d convolutions stay dense"
+    small = set(module.kernel_size) == {1}
+    return "" if small or spec.names(name) else "larger than 1 x 1: name it in the spec to include it"
+
+
+def _exempt(name: str, module: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...], embeddings: set[int]) -> str:
     if any(fnmatchcase(part, glob) for glob in exclude for part in (name, name.rpartition(".")[2])):
         return "excluded"
     if id(module.weight) in embeddings and not spec.names(name):
@@ -142,7 +156,7 @@ def _exempt(name: str, module: nn.Linear, spec: SparsitySpec, exclude: tuple[str
     return ""
 
 
-def _check(name: str, module: nn.Linear, pattern: Pattern) -> None:
+def _check(name: str, module: Any, pattern: Pattern) -> None:
     """Raises SpecError if this weight cannot be pruned to this pattern."""
     if pattern.density is None:
         raise SpecError(f"{name}: {pattern} fixes no sparsity: give one, such as unstructured(0.9), block(4, 1, 0.9) or nm(2, 4)")
@@ -159,12 +173,14 @@ def _input_norms(model: nn.Module, targets: list[_Target], calibration: Iterable
 
     The mean differs from the L2 norm by one factor per weight, which no comparison sees, and does not overflow.
     """
-    totals = {target.names: torch.zeros(target.weight.shape[1], dtype=torch.float64) for target in targets}
+    totals = {target.names: torch.zeros(target.weight[0].numel(), dtype=torch.float64) for target in targets}
     counts = dict.fromkeys(totals, 0)
 
     def watch(names: tuple[str, ...]) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
+            if isinstance(module, nn.Conv2d):  # a channel's norm serves all taps of the window
+                x = x.movedim(1, -1).repeat_interleave(module.weight[0, 0].numel(), -1)
             x = x.detach().reshape(-1, x.shape[-1]).float()
             totals[names] += x.square().sum(0, dtype=torch.float64).cpu()
             counts[names] += x.shape[0]

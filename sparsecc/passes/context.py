@@ -123,6 +123,10 @@ class Between(Protocol):
         """Key and code of `sparsecc.depthwise`, or `sparsecc.patches`."""
         ...
 
+    def depthwise_times(self, picture: Picture, epilogue: str) -> tuple[float | None, float | None]:
+        """Microseconds of that code and of torch's convolution, if they were measured."""
+        ...
+
     def pool(self) -> tuple[str, Any]:
         """Key and code of `sparsecc.pool`."""
         ...

@@ -106,12 +106,17 @@ def of_pictures(node: fx.Node) -> bool:
     """Whether a value is a sequence of pixels, which its neighbours want token-minor."""
     if node.target in (DEPTHWISE, PATCHES):
         return True
-    if node.target is aten.transpose.int:
-        source = node.args[0]
-        return isinstance(source, fx.Node) and source.target is aten.flatten.using_ints and value_of(source.args[0]).ndim == 4  # type: ignore[arg-type]
+    if is_entry(node):
+        return True
     if node.target is LINEAR or node.target in ACTIVATION_TARGETS or node.target in ADDS:
         return any(of_pictures(i) for i in node.all_input_nodes if i.op != "get_attr")
     return False
+
+
+def is_entry(node: fx.Node) -> bool:
+    """Whether it is the sequence of a picture's pixels, as convolve makes it."""
+    source = node.args[0] if node.target is aten.transpose.int else None
+    return isinstance(source, fx.Node) and source.target is aten.flatten.using_ints and value_of(source.args[0]).ndim == 4  # type: ignore[arg-type]
 
 
 def _hint(size: Any) -> int:

@@ -108,11 +108,44 @@ class PictureCall(Call):
         return self._convolution(self.x.double(), self.kernel.double(), self.bias.double(), res).flatten(2).transpose(1, 2)
 
     def _convolution(self, x: Tensor, kernel: Tensor, bias: Tensor, res: Tensor | None) -> Tensor:
-        top, left, bottom, right = self.picture.pads
-        even = (top, left) == (bottom, right)
-        x = x if even else F.pad(x, (left, right, top, bottom))
-        y = self.act(F.conv2d(x, kernel, bias, self.picture.window[2:], (top, left) if even else 0))
+        y = self.act(_convolution(self.picture, x, kernel, bias))
         return y if res is None else y + res
+
+
+class DepthwiseCall:
+    """A window for every channel, as torch runs it on channels-last pictures, and as a kernel does on planes."""
+
+    def __init__(self, picture: Picture, epilogue: str) -> None:
+        self.picture, self.epilogue, random = picture, epilogue, torch.Generator().manual_seed(0)
+        B, C = max(1, min(picture.B, torch.get_num_threads())), picture.channels
+        self.x, self.bias = torch.randn(B, C, *picture.size, generator=random), torch.randn(C, generator=random)
+        self.weight = torch.randn(C, *picture.window[:2], generator=random)
+
+    def dense(self) -> Callable[[], Tensor]:
+        """torch's own code."""
+        x = self.x.contiguous(memory_format=torch.channels_last)
+        return lambda: self._convolution(x, self.weight, self.bias)
+
+    def candidate(self, tuner: Any) -> Callable[[], Tensor]:
+        """The kernel."""
+        p, x = self.picture, _pixels(self.x)
+        _, kernel = tuner.window("depthwise", p.window, self.epilogue)
+        return lambda: kernel(x, self.weight, self.bias, p.size, p.window, p.pads)
+
+    def reference(self) -> Tensor:
+        """float64, as a sequence of pixels."""
+        return self._convolution(self.x.double(), self.weight.double(), self.bias.double()).flatten(2).transpose(1, 2)
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ACTIVATIONS[self.epilogue].fn(_convolution(self.picture, x, weight[:, None], bias, len(bias)))
+
+
+def _convolution(picture: Picture, x: Tensor, kernel: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
+    """torch's, of a padded picture."""
+    top, left, bottom, right = picture.pads
+    even = (top, left) == (bottom, right)
+    x = x if even else F.pad(x, (left, right, top, bottom))
+    return F.conv2d(x, kernel, bias, picture.window[2:], (top, left) if even else 0, groups=groups)
 
 
 def _pixels(picture: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from sparsecc.formats import Dense, Format, Pattern
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import mask_tiles
-from sparsecc.passes.context import Attention, Choice, Problem
+from sparsecc.passes.context import Attention, Choice, Picture, Problem
 from sparsecc.passes.pack import formats_for
 from sparsecc.runtime.between import (
     AttentionKernel,
@@ -38,7 +38,7 @@ from sparsecc.runtime.between import (
     TilesKernel,
     TokensKernel,
 )  # fmt: skip
-from sparsecc.runtime.calls import Call, PictureCall
+from sparsecc.runtime.calls import Call, DepthwiseCall, PictureCall
 from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
 
@@ -129,6 +129,23 @@ class CpuTuner:
         """The key that stands in the program, and the kernel, of "depthwise" or "patches"."""
         spec = WindowSpec(kind, (window[0], window[1]), (window[2], window[3]), epilogue)
         return self._named(spec), (DepthwiseKernel if kind == "depthwise" else PatchesKernel)(self.backend, spec)
+
+    def depthwise_times(self, picture: Picture, epilogue: str) -> tuple[float | None, float | None]:
+        """Microseconds of the kernel and of torch's, from the cache if this was measured before; None where nothing is."""
+        if self.effort == "none":
+            return None, None
+        machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
+        key = f"depthwise {picture} {epilogue} {hashlib.sha256(machine.encode()).hexdigest()[:16]}"
+        found = self.cache.get(key)
+        if found is None:
+            call = DepthwiseCall(picture, epilogue)
+            entrant = Candidate("planes", 0.0, lambda: call.candidate(self))
+            results = contest(Candidate("dense", 1.0, call.dense), [entrant], call.reference, TOLERANCE, self.effort, self._deadline)
+            found = {"results": [vars(r) for r in results]}
+            if not any(_failed(r) for r in results):
+                self.cache.put(key, found)
+        times = {r["name"]: 1e6 * r["seconds"] for r in found["results"] if r["seconds"] is not None}
+        return times.get("planes"), times.get("dense")
 
     def pool(self) -> tuple[str, PoolKernel]:
         """The key that stands in the program, and the kernel."""
