@@ -82,7 +82,7 @@ def compile(
     tune_seconds: float | None = None,
     remainder: Literal["auto", "inductor", "eager"] = "auto",
 ) -> CompiledModule:
-    """A module that computes what `model` computes, with the zeros of its linear weights skipped where that is faster.
+    """A module that computes what `model` computes, with the zeros of its linear and convolution weights skipped where that is faster.
 
     target: "cpu" (the widest vectors of this machine), "cpu:avx512" | "cpu:avx2" | "cpu:portable", "cuda" (this machine's GPU), a GPU to
       compile for without having it ("cuda:sm_90", "hip:gfx942": to be explained and read, not run), or "reference" (dense meaning).
