@@ -59,7 +59,7 @@ def eager(case: Case, last: bool = False) -> Call:
 def inductor(case: Case, last: bool = False, freezing: bool = False) -> Call:
     """torch.compile; `freezing`: weights are constants, packed for oneDNN."""
     import torch._inductor.config as config
-    from torch import compile, channels_last
+    from torch import channels_last, compile
 
     model, x = _torch(case)
     if last:
@@ -132,7 +132,8 @@ def cell(job: dict[str, Any], rivals: Sequence[peers.Peer], args: argparse.Names
     ratio = {name: engine["ratio"] for name, engine in engines.items() if engine.get("ratio")}
     torchs = {name: ratio[name] for name in ratio if name.startswith("torch")}
     best = min(torchs, key=lambda name: torchs[name], default=None)
-    vs = {"torch": torchs.get(best) if best else None, "best torch": best, **{n: ratio[n] for n in ("deepsparse", "onnxruntime") if n in ratio}}
+    others = {name: ratio[name] for name in ("deepsparse", "onnxruntime") if name in ratio}
+    vs = {"torch": torchs.get(best) if best else None, "best torch": best, **others}
     return {**exported, "alone": alone, "vs": vs, "engines": engines}
 
 

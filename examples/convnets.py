@@ -21,7 +21,8 @@ def block(i: int, o: int, kernel: int, stride: int = 1, groups: int = 1, act: ty
 
 
 class MobileNetV1(nn.Module):
-    """Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017. [B, 3, H, W] -> [B, 1000]"""
+    """Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017.
+    [B, 3, H, W] -> [B, 1000]"""
 
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()
@@ -58,7 +59,8 @@ class MobileNetV2(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [block(3, 32, 3, 2)]
         i = 32
-        for expand, o, count, stride in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
+        plan = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+        for expand, o, count, stride in plan:
             for n in range(count):
                 layers.append(InvertedResidual(i, o, stride if n == 0 else 1, expand))
                 i = o

@@ -80,7 +80,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     exclude: Iterable[str] = ("lm_head",),
 ) -> PruneReport:
-    """Sets the lowest-scoring entries of `nn.Linear` and `nn.Conv2d` weights to zero, in place, so that each satisfies its pattern in `spec`.
+    """Sets the lowest-scoring entries of linear and convolution weights to zero, in place, so that each satisfies its pattern in `spec`.
 
     A convolution's weight is a matrix [out, in * kh * kw], so blocks span output channels. A pattern for all weights means linears and
     1 x 1 convolutions; larger ones are pruned where the spec names them, grouped and transposed ones never.

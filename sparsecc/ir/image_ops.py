@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +32,8 @@ def padded_picture(x: Tensor, size: Sequence[int], pads: Sequence[int]) -> Tenso
 
 
 def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str,
 ) -> Tensor:
     """weight [C, kh, kw], bias [C]; `epilogue` is a key of `ACTIVATIONS`."""
     fn: Any = KERNELS.get(kernel)
@@ -45,7 +45,8 @@ def depthwise(
 
 
 def depthwise_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str,
 ) -> Tensor:
     """Shape, dtype and strides of the result."""
     OH, OW = out_size(size, window, pads)

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from sparsecc.errors import SparseccError, VerifyError
+from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.ops import ACTIVATIONS, LAYOUTS, LINEAR
 from sparsecc.ir.program import LinearView, Program, get_attr
-from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.token_ops import DIALECT
 from sparsecc.ir.types import TensorType, type_of
 

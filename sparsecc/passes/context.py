@@ -29,8 +29,8 @@ class Picture:
 class Problem:
     """One linear to store and run: its weight [N, K] with zeros in it, the formats that may hold it, and the call around it.
 
-    `tokens`: M to tune for. `picture`: of what it is a convolution, if it is one: then some format is chosen, its dense code is in `formats`,
-    and the dense code to compare with is torch's convolution.
+    `tokens`: M to tune for. `picture`: of what it is a convolution, if it is one: then some format is chosen, its dense code is in
+    `formats`, and the dense code to compare with is torch's convolution.
     """
 
     name: str

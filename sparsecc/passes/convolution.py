@@ -1,7 +1,7 @@
 """Convolutions in ATen: one op for all of them, batch norms folded into their weights, and what they are by field names.
 
-    y = aten.conv2d(x, w, b, ...)                        -->  y = aten.convolution(x, w, b, stride, padding, dilation, False, [0, 0], groups)
-    z = aten.batch_norm(convolution(x, w, b), ...)       -->  z = convolution(x, w * s, (b - mean) * s + beta),  s = gamma / sqrt(var + eps)
+    y = aten.conv2d(x, w, b, ...)                   -->  y = aten.convolution(x, w, b, stride, padding, dilation, False, [0, 0], groups)
+    z = aten.batch_norm(convolution(x, w, b), ...)  -->  z = convolution(x, w * s, (b - mean) * s + beta),  s = gamma / sqrt(var + eps)
 """
 from __future__ import annotations
 

@@ -196,7 +196,6 @@ class _Sequences:
     def sequence(self, picture: fx.Node) -> fx.Node:
         """Where the picture comes from outside, two views of it."""
         if picture not in self.of:
-            B, C, H, W = shape_of(picture)
             call = self.program.graph.call_function
             flat = call(aten.flatten.using_ints, (picture, 2))
             self.of[picture] = call(aten.transpose.int, (flat, 1, 2))

@@ -102,7 +102,8 @@ def zeros_of(
 
 
 def _check_globs(program: Program, weights: Sequence[Any], spec: SparsitySpec) -> None:
-    """A glob may name any linear or convolution of the model, in this graph or not. Where the rest of the model is unknown, a miss is a warning."""
+    """A glob may name any linear or convolution of the model, in this graph or not. Where the rest of the model is unknown, a miss is a
+    warning."""
     names = Names.found(program)
     known = dict.fromkeys([module for weight in weights for module in _modules(program, weight)] + list(names.linears))
     try:

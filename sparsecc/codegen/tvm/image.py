@@ -100,10 +100,8 @@ class Taps:
         self.w, self.spec, self.lanes = w, spec, lanes
         step, kw = spec.stride[1], spec.kernel[1]
         w.opaque("iw", f"ow * {step} - left")
-        if step == 1:
-            starts = list(range(kw))
-        else:  # the taps of a pair of columns are the even and the odd lanes of the same two vectors
-            starts = [start for at in range(0, kw, 2) for start in (at, at + lanes)]
+        # With stride 2 the taps of a pair of columns are the even and the odd lanes of the same two vectors.
+        starts = range(kw) if step == 1 else [start for at in range(0, kw, 2) for start in (at, at + lanes)]
         self.masks = {at: self._mask(at) for at in starts}
 
     def _mask(self, at: int) -> str:
