@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--zeros", type=listed(float), default=[0.8, 0.9])
     parser.add_argument("--batch", type=listed(int), default=[1, 16])
     parser.add_argument("--threads", type=listed(int), default=[1])
-    parser.add_argument("--engines", type=listed(str), default=[], help=f"of {', '.join(ENGINES)}; by default all there are")
+    parser.add_argument("--engines", type=lambda text: text.split(";"), default=[], help=f"of {'; '.join(ENGINES)}; by default all there are")
     parser.add_argument("--peer", action="append", default=[], help="NAME or NAME=PYTHON; repeatable")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per cell")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every engine, at least")

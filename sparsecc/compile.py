@@ -17,7 +17,7 @@ from sparsecc.autotune.progress import progress
 from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
-from sparsecc.ir.image_ops import DEPTHWISE
+from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import print_program
@@ -153,7 +153,7 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
         history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
     if dumper is not None:
         for node in history.program.graph.nodes:
-            key = node.args[-1] if node.args and node.target in DIALECT else None
+            key = node.args[-1] if node.args and (node.target in DIALECT or node.target in IMAGE_MEANINGS) else None
             source = getattr(KERNELS.get(str(key)), "source", None)
             if source is not None:
                 dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
@@ -182,8 +182,8 @@ def explanation(history: History, options: Options, notes: Mapping[str, str]) ->
     """The regions as they stood before lowering, which returns dense ones to ATen. `notes` go into the header."""
     steps = [step for step in history.steps if step.name != "lower"]
     program = steps[-1].program
-    shown = (LINEAR, CONVOLUTION, DEPTHWISE)
-    regions = [program.regions[node.name] for node in program.graph.nodes if node.target in shown and node.name in program.regions]
+    shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, DEPTHWISE) and n.name in program.regions)]
+    regions = [program.region(node) for node in shown]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes})
 

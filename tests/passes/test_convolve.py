@@ -14,6 +14,7 @@ from sparsecc.errors import PatternViolation, SpecError
 from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS, PATCHES, POOL
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import Program
+from sparsecc.ir.text import parse_program, print_program, tensors_of
 from sparsecc.passes import PIPELINE, pictures
 from sparsecc.passes.context import Context
 from sparsecc.passes.manager import run_passes
@@ -93,6 +94,10 @@ def test_a_sparse_net_is_one_sequence_of_pixels() -> None:
     moved = [node for node in program.graph.nodes if node.target in (aten.transpose.int, aten.flatten.using_ints)]
     assert not any(_between(node) for node in moved)  # layouts change on the way in and out alone
     close(program.run(x), exact(net, x))
+    text = print_program(program)
+    again = parse_program(text, tensors_of(program))
+    assert print_program(again) == text
+    close(again.run(x), program.run(x))
 
 
 def _between(node: fx.Node) -> bool:
