@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peer_worker, peers
+from benchmarks import peer_worker
 from benchmarks.peer_engines import Call, Case, Engine, deepsparse, onnxruntime
 
 RESULTS = Path(__file__).parent / "results" / "conv.json"
@@ -112,8 +112,10 @@ def export(job: Mapping[str, Any], folder: Path, onnx: bool) -> dict[str, Any]:
     return {**job, "share": 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)}
 
 
-def cell(job: dict[str, Any], rivals: Sequence[peers.Peer], args: argparse.Namespace) -> dict[str, Any]:
+def cell(job: dict[str, Any], rivals: Sequence[Any], args: argparse.Namespace) -> dict[str, Any]:
     """One net, batch, share of zeros and number of threads."""
+    from benchmarks import peers
+
     python = {"": sys.executable, **{peer.name: peer.python for peer in rivals}}
     names = [n for n, e in ENGINES.items() if e.peer in python and (n == "sparsecc" or not args.engines or n in args.engines)]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -150,13 +152,15 @@ def main() -> None:
     """Time every cell, save after each."""
     if WORKER in sys.argv[1:2]:
         return peer_worker.main(ENGINES)
+    from benchmarks import peers  # what workers need not have
+
     listed = lambda kind: lambda text: [kind(part.strip()) for part in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--nets", type=listed(str), default=["mobilenet_v1", "mobilenet_v2", "efficientnet_lite0"])
     parser.add_argument("--zeros", type=listed(float), default=[0.8, 0.9])
     parser.add_argument("--batch", type=listed(int), default=[1, 16])
     parser.add_argument("--threads", type=listed(int), default=[1])
-    parser.add_argument("--engines", type=lambda text: text.split(";"), default=[], help=f"of {'; '.join(ENGINES)}; by default all there are")
+    parser.add_argument("--engines", type=lambda text: text.split(";"), default=[], help=f"of {'; '.join(ENGINES)}; default: all")
     parser.add_argument("--peer", action="append", default=[], help="NAME or NAME=PYTHON; repeatable")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per cell")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every engine, at least")

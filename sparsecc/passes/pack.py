@@ -40,6 +40,10 @@ SLICED = Format(Sell(4, 64), swizzle=Panels(192))
 four rows at once keep enough of them under way."""
 
 
+PLANES = (Format(Sell(2, 64), swizzle=Panels(128)), Format(Sell(2, 64)))
+"""Nonzeros of convolutions, besides: a plane's tokens are far from the next plane's, and fewer of them at once stay in reach."""
+
+
 @dataclass(frozen=True)
 class Pack:
     """The pass; see the file's docstring."""
@@ -70,7 +74,8 @@ def _pack(program: Program, view: LinearView, context: Context, picture: Picture
     tokens = tokens_of(view.x)
     formats = context.tuner.formats(pattern, weight, codec, tokens) if pattern != ANY else []
     if picture is not None:
-        formats += [Format(Dense(), (4, 1))]
+        formats += [replace(fmt, codec=formats[0].codec) for fmt in PLANES if SLICED.level in {f.level for f in formats}]
+        formats.append(Format(Dense(), (4, 1)))
     kept = [fmt for fmt in formats if fmt.refuses(weight) is None]
     region.more |= {"m": tokens, "shape": tuple(weight.shape), "zeros": 1 - int(weight.count_nonzero()) / max(1, weight.numel()),
                     "dense_bytes": weight.numel() * weight.element_size()}
