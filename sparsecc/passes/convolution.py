@@ -123,7 +123,9 @@ def conv_rules(fold: Fold) -> Mapping[Any, Rule]:
 
     convs = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, F.conv1d, F.conv2d, F.conv3d)
     norms = (aten.batch_norm.default, F.batch_norm)
-    return {**dict.fromkeys((*convs, CONVOLUTION), convolution), **dict.fromkeys(norms, batch_norm)}
+    transposed = (aten.conv_transpose2d.input, F.conv_transpose2d)
+    rules = {**dict.fromkeys((*convs, CONVOLUTION), convolution), **dict.fromkeys(norms, batch_norm)}
+    return rules | dict.fromkeys(transposed, lambda program, node: _transposed(program, node, fold))
 
 
 def _convolution(program: Program, node: fx.Node, fold: Fold) -> fx.Node | None:
@@ -151,6 +153,20 @@ def _convolution(program: Program, node: fx.Node, fold: Fold) -> fx.Node | None:
     if any(isinstance(v, str) for v in (*stride, *dilation)):
         return None
     args = (values["input"], weight, bias, stride, each(padding), dilation, False, [0] * len(kernel), values["groups"])
+    return program.graph.call_function(CONVOLUTION, args)
+
+
+def _transposed(program: Program, node: fx.Node, fold: Fold) -> fx.Node | None:
+    """aten.convolution says whether it is transposed; so explanations find it."""
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    defaults = dict(zip(names, (None, None, None, 1, 0, 0, 1, 1), strict=True))
+    values = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    weight = fold(program, values["weight"])
+    if weight is None or program.const(weight).dtype not in FLOATS:
+        return None
+    each = lambda value: [value] * 2 if isinstance(value, int) else list(value)  # noqa: E731
+    stride, padding, dilation, more = (each(values[key]) for key in ("stride", "padding", "dilation", "output_padding"))
+    args = (values["input"], weight, values["bias"], stride, padding, dilation, True, more, values["groups"])
     return program.graph.call_function(CONVOLUTION, args)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.image import WindowSpec, depthwise_source, patches_source, pool_source
 from sparsecc.ir.image_ops import out_size
+from sparsecc.ir.ops import token_storage
 from sparsecc.runtime.between import TokenKernel
-from sparsecc.runtime.record import NotAView, output, span_of, spanned
+from sparsecc.runtime.record import NotAView, empty, output, span_of, spanned
 from sparsecc.runtime.record import call as make_call
-from sparsecc.runtime.tokens import Tokens, sequences, token_minor, token_output
+from sparsecc.runtime.tokens import Tokens, move, sequences, token_output
 
 
 class DepthwiseKernel(TokenKernel):
@@ -37,7 +38,7 @@ class DepthwiseKernel(TokenKernel):
         y = token_output(C, (B, OH * OW))
         if y.numel() == 0:
             return y
-        t, to = token_minor(self.backend, x), sequences(y)
+        t, to = planes(self.backend, x), sequences(y)
         bias = _zeros(C) if bias is None else bias
         addresses = (c_void_p(p.data_ptr()) for p in (t.tensor, y, weight, bias))
         make_call(self.code, *addresses, B, C, *size, OH, OW, *pads[:2], t.by_feature, t.by_batch, to.by_feature, to.by_batch)
@@ -85,9 +86,20 @@ class PoolKernel(TokenKernel):
         y = output(B, C)
         if x.numel() == 0:
             return y.fill_(torch.nan)
-        t: Tokens = token_minor(self.backend, x)
+        t = planes(self.backend, x)
         make_call(self.code, c_void_p(t.tensor.data_ptr()), c_void_p(y.data_ptr()), B, C, S, t.by_feature, t.by_batch)
         return y
+
+
+def planes(backend: TvmBackend, x: Tensor) -> Tokens:
+    """The sequence of pixels with every channel in one piece: as it is, or a copy."""
+    found = sequences(x)
+    if found.in_place(x.shape[-1]):
+        return found
+    shape, strides = token_storage(x.shape[:-1], x.shape[-1])
+    made = sequences(empty(*shape).as_strided(x.shape, strides))
+    move(backend, found, made, x.shape[-1])
+    return made
 
 
 def _plain_planes(x: Tensor) -> None:

@@ -53,9 +53,9 @@ def pruned(net: nn.Module, zeros: float = 0.8) -> nn.Module:
     return net
 
 
-def lowered(net: nn.Module, x: Tensor, spec: Any = None) -> Program:
+def planned(net: nn.Module, x: Tensor, spec: Any = None) -> Program:
     program = capture(net, (x,)).program
-    return run_passes(program, PIPELINE, Context(SparsitySpec.parse(spec))).program
+    return run_passes(program, PIPELINE, Context(SparsitySpec.parse(spec)), stop_after="layout").program
 
 
 def targets(program: Program) -> list[Any]:
@@ -87,7 +87,7 @@ def test_batch_norm_folds_into_the_convolution() -> None:
 
 def test_a_sparse_net_is_one_sequence_of_pixels() -> None:
     net, x = pruned(Net()), torch.randn(2, 3, 21, 26)
-    program = lowered(net, x)
+    program = planned(net, x)
     found = targets(program)
     assert (found.count(LINEAR), found.count(DEPTHWISE), found.count(PATCHES), found.count(POOL)) == (5, 2, 2, 1)
     assert aten.convolution.default not in found and aten.constant_pad_nd.default not in found
@@ -106,7 +106,7 @@ def _between(node: fx.Node) -> bool:
 
 
 def test_a_dense_net_stays_torchs() -> None:
-    found = targets(lowered(Net().eval(), torch.randn(2, 3, 21, 26)))
+    found = targets(planned(Net().eval(), torch.randn(2, 3, 21, 26)))
     assert not set(found) & set(IMAGE_MEANINGS) and found.count(aten.convolution.default) == 6
 
 
@@ -143,7 +143,7 @@ def test_patterns_count_output_channels() -> None:
     assert [row.pattern for row in report.rows] == ["block(4, 1, 0.75)", "block(8, 1, 0.5)"]
     weight = net[0].weight[:, :, 0, 0]
     assert torch.equal(weight.view(8, 4, 16).ne(0).all(1), weight.view(8, 4, 16).ne(0).any(1))
-    program = lowered(net, x, {"0": "block(4, 1, 0.75)", "2": "block(8, 1)"})
+    program = planned(net, x, {"0": "block(4, 1, 0.75)", "2": "block(8, 1)"})
     assert [str(view.terms[0].pattern) for view in program.linears()] == ["block(4, 1, 0.75)", "block(8, 1)"]
 
 
@@ -151,15 +151,15 @@ def test_a_pattern_for_all_weights_means_no_windows() -> None:
     net = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 16, 3, padding=1)).eval()
     report = sparsecc.prune(net, "unstructured(0.5)")
     assert [row.name for row in report.rows] == ["0"] and set(report.skipped) == {"1", "2"}
-    lowered(net, torch.randn(1, 16, 8, 8), "unstructured(0.5)")
+    planned(net, torch.randn(1, 16, 8, 8), "unstructured(0.5)")
     with pytest.raises(PatternViolation, match=r"2.weight must be unstructured"):
-        lowered(net, torch.randn(1, 16, 8, 8), {"2": "unstructured(0.5)"})
+        planned(net, torch.randn(1, 16, 8, 8), {"2": "unstructured(0.5)"})
 
 
 def test_globs_are_checked_against_convolutions() -> None:
     net = nn.Sequential(nn.Conv2d(16, 32, 1)).eval()
     with pytest.raises(SpecError, match="'stem'"):
-        lowered(net, torch.randn(1, 16, 8, 8), {"stem": "unstructured(0.5)"})
+        planned(net, torch.randn(1, 16, 8, 8), {"stem": "unstructured(0.5)"})
 
 
 def test_wanda_takes_norms_by_channel() -> None:
