@@ -175,7 +175,7 @@ def test_what_torch_runs_faster_goes_back(monkeypatch: pytest.MonkeyPatch) -> No
     net, x = pruned(Net()), torch.randn(2, 3, 21, 26)
     compiled = sparsecc.compile(net, example_inputs=(x,), autotune="none", remainder="eager")
     program = compiled.graphs[0].history.program
-    assert not set(targets(program)) & {*IMAGE_MEANINGS, LINEAR}
+    assert not set(targets(program)) & set(IMAGE_MEANINGS) and targets(program).count(LINEAR) == 1  # the last layer, no convolution
     assert targets(program).count(aten.convolution.default) == 6
     assert "torch's convolutions are faster" in compiled.explain().regions[1].reason
     close(compiled(x), exact(net, x))
