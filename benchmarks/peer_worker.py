@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.peer_engines import ENGINES, Case, Engine
+from benchmarks.peer_llama import DECODERS
 
 
 class Worker:
-    """Answers requests about one engine, a key of `engines`, that may use `threads` threads."""
+    """Answers requests about one engine, a key of `engines`, `ENGINES` or `DECODERS`, that may use `threads` threads."""
 
     def __init__(self, engine: str, threads: int, engines: Mapping[str, Engine] = ENGINES) -> None:
         self.engine, self.threads, self.engines = engine, threads, engines
@@ -37,7 +38,7 @@ class Worker:
         import numpy as np
 
         start = time.perf_counter()
-        engine = self.engines[self.engine]
+        engine = {**ENGINES, **DECODERS, **self.engines}[self.engine]
         call = self._calls[folder] = engine.load(Case(Path(folder), self.threads))
         out = call()
         reply: dict[str, Any] = {"seconds": time.perf_counter() - start, "versions": versions(engine.packages)}

@@ -28,7 +28,9 @@ from benchmarks.peer_engines import ENGINES
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("minilm", "bert")
 PATTERNS = [f"{kind}{zeros})" for kind in ("block(4, 1, ", "unstructured(") for zeros in (0.5, 0.8, 0.9, 0.95)]
-PACKAGES = {"onnxruntime": "onnxruntime onnx", "openvino": "openvino nncf", "deepsparse": "deepsparse==1.8.0"}
+PACKAGES = {
+    "onnxruntime": "onnxruntime onnx", "openvino": "openvino nncf", "deepsparse": "deepsparse==1.8.0", "llama_cpp": "llama-cpp-python gguf",
+}  # fmt: skip
 """What to install for each name that --peer takes."""
 CALLS = 3
 """Timed calls of a turn."""

@@ -1,9 +1,11 @@
 """sparsecc turns the sparsity of PyTorch models into speed."""
 
 import sparsecc.dynamo  # noqa: F401  (registers the torch.compile backend)
+from sparsecc import importers  # noqa: F401  (sparsecc.importers.load)
 from sparsecc.compile import compile
 from sparsecc.errors import (
     CaptureError,
+    CheckpointError,
     FormatError,
     PatternViolation,
     ShapeError,
@@ -13,14 +15,14 @@ from sparsecc.errors import (
     TextError,
     VerifyError,
 )
-from sparsecc.formats import ANY, block, cols, nm, rows, unstructured
-from sparsecc.prune import PruneReport, prune
+from sparsecc.formats import ANY, block, channels, cols, heads, nm, rows, unstructured
+from sparsecc.prune import Coupled, PruneReport, flops, latency, prune, slicegpt
 from sparsecc.runtime.module import CompiledModule
 from sparsecc.spec import SparsitySpec, options
 
 __version__ = "0.1.0"
 __all__ = [
-    "ANY", "CaptureError", "CompiledModule", "FormatError", "PatternViolation", "PruneReport", "ShapeError", "SparseccError",
-    "SparsitySpec", "SpecError", "TargetError", "TextError", "VerifyError", "block", "cols", "compile", "nm", "options", "prune",
-    "rows", "unstructured",
+    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Coupled", "FormatError", "PatternViolation", "PruneReport", "ShapeError",
+    "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "VerifyError", "block", "channels", "cols", "compile",
+    "flops", "heads", "latency", "nm", "options", "prune", "rows", "slicegpt", "unstructured",
 ]

@@ -29,7 +29,7 @@ from sparsecc.passes.manager import History, run_passes
 from sparsecc.passes.pack import tokens_of
 from sparsecc.runtime.graphs import Graphed, capturable
 from sparsecc.runtime.module import CompiledModule
-from sparsecc.runtime.remainder import Remainder, finish
+from sparsecc.runtime.remainder import Remainder, begin, finish
 from sparsecc.spec import SparsitySpec, SpecLike
 from sparsecc.target import check_target, is_elsewhere, require_device, tuner_of
 
@@ -102,6 +102,7 @@ def compile(
     options = Options(target, sparsity, autotune, tune_seconds, remainder)
     if options.target != "reference":
         options.tuner(lambda name: None)  # a target that cannot serve says so now
+    begin(remainder)
     module = CompiledModule(model, lambda program, inputs: build(program, inputs, options), dynamic_shapes)
     if example_inputs is not None:
         module.capture(*_arguments(example_inputs))

@@ -255,7 +255,9 @@ def _literal(value: Any) -> str:
             return repr(str(value))
         case Rule():
             text = "dense" if value.dense else "detect" if value.pattern is None else str(value.pattern)
-            return repr(text) if value.codec is None else f"options({text!r}, codec={value.codec!r})"
+            named = {"codec": value.codec, "compute": value.compute}
+            given = "".join(f", {name}={option!r}" for name, option in named.items() if option is not None)
+            return f"options({text!r}{given})" if given else repr(text)
         case SparsitySpec():
             return _literal(dict(value.entries))
         case Mapping():
@@ -267,15 +269,18 @@ def _literal(value: Any) -> str:
     raise ValueError(f"{type(value).__name__} has no text")
 
 
-_REPRO = '''"""Compiles the captured program beside this file again, and compares it with running it as captured. Edit what you like."""
+_REPRO = '''"""Compiles the captured program beside this file again, and compares it with running it as captured. Edit what you like.
+
+For a machine that isn't this one it is compiled and explained."""
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from sparsecc.compile import compile_program
+from sparsecc.compile import Options, build
 from sparsecc.debug import max_error, random_inputs
 from sparsecc.ir.text import parse_program
 from sparsecc.spec import options  # noqa: F401  (OPTIONS may use it)
+from sparsecc.target import home, is_elsewhere
 
 HERE = Path(__file__).parent
 PROGRAM, WEIGHTS = HERE / {program!r}, HERE / {weights!r}
@@ -288,15 +293,19 @@ OPTIONS = {{
 }}
 
 
-def load():
+def load(device):
     """The captured program with tensors of its own; made-up ones if the weights were not dumped."""
-    return parse_program(PROGRAM.read_text(), load_file(WEIGHTS) if WEIGHTS.exists() else None)
+    return parse_program(PROGRAM.read_text(), load_file(WEIGHTS, device=device) if WEIGHTS.exists() else None)
 
 
 if __name__ == "__main__":
-    inputs = random_inputs(INPUTS, SIZES)
-    want = load().run(*inputs)
-    compiled = compile_program(load(), inputs, **OPTIONS)
-    got = compiled(*inputs)
-    print(f"max error {{max_error(want, got):.3g}}, relative to the largest value of each output")
+    asked = Options.of(OPTIONS)
+    device = home(asked.target)
+    inputs = [one.to(device) if hasattr(one, "to") else one for one in random_inputs(INPUTS, SIZES)]
+    built = build(load(device), inputs, asked)
+    if is_elsewhere(asked.target):
+        print(built.explanation)
+    else:
+        want, got = load(device).run(*inputs), built.run(*inputs)
+        print(f"max error {{max_error(want, got):.3g}}, relative to the largest value of each output")
 '''

@@ -35,6 +35,10 @@ class FormatError(SparseccError, ValueError):
     """A storage format that cannot be read, or cannot hold the given weight."""
 
 
+class CheckpointError(SparseccError, ValueError):
+    """A checkpoint or module that no importer recognises, or that does not fit the model it is to go into."""
+
+
 class TextError(SparseccError, ValueError):
     """Program text that does not parse.
 

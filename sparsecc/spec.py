@@ -22,14 +22,20 @@ class Rule:
     detect:  exploit the zeros that are there (pattern None)
     require: the weight must satisfy `pattern`
     dense:   leave it alone
-    `codec` ("f32", "bf16", "f16") is the storage of its values, None the compiler's choice.
+    `codec` ("f32", "bf16", "f16") is the storage of its values, None the compiler's choice. `compute` "bf16" lets values and
+    activations be rounded to bf16 where they are multiplied so, which is where that is faster; None is float32.
     """
 
     pattern: Pattern | None = None
     codec: str | None = None
     dense: bool = False
+    compute: str | None = None
 
     def __post_init__(self) -> None:
+        if self.compute not in (None, "bf16"):
+            raise SpecError(f'unknown compute {self.compute!r}: known is "bf16"; without it products are float32')
+        if self.compute and self.codec not in (None, self.compute):
+            raise SpecError(f'compute="bf16" takes values in bf16, not in {self.codec}: leave the codec out, or the compute')
         if self.codec is not None and self.codec not in Raw.DTYPES:
             raise SpecError(f"unknown codec {self.codec!r}: known are {', '.join(Raw.DTYPES)}")
 
@@ -39,7 +45,7 @@ class Rule:
 
     def __str__(self) -> str:
         what = str(self.pattern) if self.mode == "require" else self.mode
-        return f"{what}, {self.codec} values" if self.codec else what
+        return ", ".join([what, *([f"{self.codec} values"] * bool(self.codec)), *([f"{self.compute} products"] * bool(self.compute))])
 
 
 DETECT = Rule()
@@ -48,10 +54,11 @@ RuleLike = Rule | Pattern | str | None
 SpecLike = Union["SparsitySpec", RuleLike, Mapping[str, RuleLike]]
 
 
-def options(pattern: RuleLike = None, codec: str | None = None) -> Rule:
-    """A rule with options: `options("block(4, 1)", codec="bf16")`. Raises SpecError on an unknown pattern or codec."""
+def options(pattern: RuleLike = None, codec: str | None = None, compute: str | None = None) -> Rule:
+    """A rule with options: `options("block(4, 1)", codec="bf16")`, `options("2:4", compute="bf16")`. Raises SpecError on an unknown
+    pattern, codec or compute."""
     rule = _rule(pattern)
-    return Rule(rule.pattern, codec or rule.codec, rule.dense)
+    return Rule(rule.pattern, codec or rule.codec, rule.dense, compute or rule.compute)
 
 
 @dataclass(frozen=True)

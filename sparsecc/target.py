@@ -77,11 +77,16 @@ def require_device(program: Program, target: str) -> None:
     """Raises TargetError for a weight that is where the target cannot use it."""
     if target == "reference" or is_elsewhere(target):
         return
-    wanted = "cpu" if target.partition(":")[0] == "cpu" or _interpreting() else "cuda"
+    wanted = home(target)
     for node in program.graph.nodes:
         if node.op == "get_attr" and isinstance(tensor := program.const(node), torch.Tensor) and tensor.device.type != wanted:
             name, what = program.weight_name(node), "the CPU" if wanted == "cpu" else "the GPU"
             raise TargetError(f"{name} is on {tensor.device}, which target {target!r} cannot serve: move the model to {what} first")
+
+
+def home(target: str) -> str:
+    """Where the weights of a model have to be: "cuda", or "cpu" for all targets but this machine's GPU."""
+    return "cuda" if target == "cuda" and not _interpreting() else "cpu"
 
 
 def _interpreting() -> bool:

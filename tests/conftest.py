@@ -23,8 +23,12 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 @pytest.fixture(scope="session", autouse=True)
 def sparsecc_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """SPARSECC_CACHE for the whole run: nothing measured on this machine before may decide a test, and none of it is overwritten."""
-    path = tmp_path_factory.mktemp("sparsecc_cache")
+    """SPARSECC_CACHE for the whole run: nothing measured on this machine before may decide a test, and none of it is overwritten.
+
+    Workers of one run share it, so that a kernel is compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sparsecc_cache"
+    path.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSECC_CACHE", str(path))
         yield path

@@ -138,12 +138,15 @@ def _stub_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """A `compile_program` that changes nothing and remembers what it was given."""
     given: dict[str, object] = {}
 
-    def compile_program(program: Program, inputs: list[object], **kwargs: object) -> object:
-        given.update(kwargs)
-        return program.run
+    def options_of(given_options: dict[str, object]) -> object:
+        given.update(given_options)
+        return types.SimpleNamespace(target=given_options["target"])
+
+    def build(program: Program, inputs: list[object], asked: object) -> object:
+        return types.SimpleNamespace(run=program.run)
 
     module = types.ModuleType("sparsecc.compile")
-    module.compile_program = compile_program  # type: ignore[attr-defined]
+    module.Options, module.build = types.SimpleNamespace(of=options_of), build  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sparsecc.compile", module)
     return given
 

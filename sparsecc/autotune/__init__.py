@@ -3,15 +3,15 @@
 from sparsecc.codegen.config import from_text, space_of, to_text, tunable
 
 from .cache import TuneCache
-from .cost import EFFICIENCY, OVERHEAD, M, Machine, Work, break_even, dense_work, efficiency, predict, work
+from .cost import OVERHEAD, Costs, M, Machine, Work, break_even, costs, dense_work, predict, work
 from .measure import Timing, interleaved
 from .progress import progress
 from .search import Candidate, Effort, Result, contest, mismatch
 
 __all__ = [
-    "EFFICIENCY",
     "OVERHEAD",
     "Candidate",
+    "Costs",
     "Effort",
     "M",
     "Machine",
@@ -21,8 +21,8 @@ __all__ = [
     "Work",
     "break_even",
     "contest",
+    "costs",
     "dense_work",
-    "efficiency",
     "from_text",
     "interleaved",
     "mismatch",

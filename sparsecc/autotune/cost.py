@@ -1,41 +1,42 @@
-"""Predicted time: a roofline over symbolic counts of work.
+"""Predicted time: what a call computes and moves, each at the machine's limit, times what a kernel was measured to take of it.
 
-Work is a formula in M (tokens), so one formula serves every batch. The time is the larger of arithmetic and memory (Williams,
-Waterman and Patterson, "Roofline", CACM 2009). A prediction only ranks candidates; the contest measures them.
+Work is a formula in M (tokens), so one formula serves every batch. Its three limits are those of the roofline (Williams, Waterman and
+Patterson, "Roofline", CACM 2009), but kernels do not overlap them fully, so they add up, with factors per kind of storage, kernel and
+configuration that `benchmarks/ranking.py` fits to measured times (`costs.json`). A prediction only ranks candidates; the contest
+measures them.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import linear_regression
+from pathlib import Path
+from statistics import linear_regression, median
 
 import sympy
 import torch
 
+from sparsecc.codegen.kernel import FEW
 from sparsecc.formats import Dense, Format
 
 M = sympy.Symbol("M", integer=True, positive=True)
 """Tokens: rows of the activation."""
 
-OVERHEAD = 5e-6
+OVERHEAD = 1e-5
 """Seconds that any call costs: dispatch, and waking the threads."""
 
-EFFICIENCY: dict[tuple[str, int], float] = {
-    ("dense", 1): 0.70,  # the vendor's kernel on a layer's shape, against the large square product that Machine.flops is
-    ("csr", 1): 0.50,  # one load per FMA, and an index per weight
-    ("sell", 1): 0.55,  # csr, with x in the first-level cache
-    ("csr", 4): 0.95,  # one load feeds the 4 rows of a block, weights are broadcast for free
-    ("csr", 8): 0.95,  # as 4 rows; more of them only save index bytes
-    ("csr", 32): 0.80,  # more accumulators than registers: a block is walked in parts
-    ("nm", 1): 0.40,  # csr, and the offset within the group is decoded
-    ("nm", 4): 0.75,  # the same over 4 rows
-    ("bitmap", 1): 0.30,  # the bits are expanded before the first FMA
-    ("bitmap", 4): 0.60,  # the same over 4 rows
+Costs = tuple[float, float, float]
+"""Seconds taken per second of arithmetic, of reading the weight and of moving activations at the machine's limit."""
+
+HALF: dict[str, Costs] = {
+    "dense amx": (0.13, 1.0, 1.0),
+    "shared amx": (0.25, 1.0, 1.0),  # tiles too, but two columns of x are interleaved for every 16 rows
+    "shared dpbf16": (1.0, 1.0, 1.0),  # half of it is interleaving; CPUs do one or two of these in the time of an FMA, or half of one
 }
-"""Fraction of `Machine.flops` reached where arithmetic decides, by (level, rows per block): the largest entry not above the format's."""
+"""Of products in bf16, by level and what multiplies: guesses, since the benchmark that fits the others does not ask for them."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,54 @@ def dense_work(N: int, K: int) -> Work:
     return work(Format(Dense()), N, K, N * K)
 
 
-def efficiency(format: Format) -> float:
-    """The entry of EFFICIENCY for a format; that of csr for a level that the table lacks."""
-    level = str(format.level).partition("(")[0]
-    rows = {r: share for (kind, r), share in EFFICIENCY.items() if kind == level} or {1: EFFICIENCY["csr", 1]}
-    return rows[max(r for r in rows if r <= format.block[0])]
+def kind_of(format: Format) -> str:
+    """`bsr(4, 1).bf16` -> `csr 4`: the level and the rows of a block, which decide how a kernel's loop looks."""
+    return f"{str(format.level).partition('(')[0]} {format.block[0]}"
 
 
-def predict(work: Work, m: int, machine: Machine, efficiency: float) -> float:
-    """Seconds for `m` tokens: max(arithmetic, memory) + OVERHEAD.
+@lru_cache
+def measured_costs() -> dict[str, dict[str, dict[str, Costs]]]:
+    """By regime, kind of format and configuration, from `costs.json`."""
+    found = json.loads(Path(__file__).with_name("costs.json").read_text())
+    return {r: {kind: {c: (x[0], x[1], x[2]) for c, x in of.items()} for kind, of in kinds.items()} for r, kinds in found.items()}
 
-    Weights come from DRAM, since a model is larger than its caches; activations from cache, since the layer before has just
-    written them.
-    """
+
+def costs(format: Format, regime: str, config: str, dot: str = "fma") -> Costs:
+    """As measured, or guessed for products (`dot`) in bf16; for a kind of format that was not, of the one with the most rows of a block
+    not above its own (of csr where the level is unknown), and for a configuration that was not, in the middle of those that were."""
+    table, kind = measured_costs()[regime], kind_of(format)
+    level, rows = kind.split()
+    if dot != "fma":
+        return HALF[f"{level} {dot}"]
+    if kind not in table:
+        near = [int(one.split()[1]) for one in table if one.split()[0] == level]
+        kind = f"{level} {max([r for r in near if r <= int(rows)] or near)}" if near else "csr 1"
+    return table[kind].get(config) or middle(table[kind].values())
+
+
+def middle(some: Iterable[Costs]) -> Costs:
+    """Of each factor the median."""
+    a, b, c = (median(column) for column in zip(*some, strict=True))
+    return a, b, c
+
+
+def limits(work: Work, m: int, machine: Machine) -> tuple[float, float, float]:
+    """Seconds for `m` tokens at the machine's limits: of arithmetic, of reading the weight from DRAM (a model is larger than its caches)
+    and of moving activations, which are in cache, since the layer before has just written them."""
     weights, total = (float(work.bytes.subs(M, tokens)) for tokens in (0, m))
-    arithmetic = float(work.flops.subs(M, m)) / (machine.flops * machine.threads * efficiency)
-    return max(arithmetic, weights / machine.bandwidth + (total - weights) / machine.cache_bandwidth) + OVERHEAD
+    arithmetic = float(work.flops.subs(M, m)) / (machine.flops * machine.threads)
+    return arithmetic, weights / machine.bandwidth, (total - weights) / machine.cache_bandwidth
+
+
+def predict(work: Work, m: int, machine: Machine, costs: Costs) -> float:
+    """Seconds for `m` tokens."""
+    return OVERHEAD + sum(cost * limit for cost, limit in zip(costs, limits(work, m, machine), strict=True))
+
+
+def predict_dense(N: int, K: int, m: int, machine: Machine) -> float:
+    """Seconds of the vendor's product y[m, N] = x[m, K] W^T."""
+    regime = "one" if m == 1 else "few" if m <= FEW else "many"
+    return predict(dense_work(N, K), m, machine, costs(Format(Dense()), regime, ""))
 
 
 def break_even(times: Mapping[float, float], dense: float) -> float | None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -31,15 +32,20 @@ def interleaved(
     min_rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time `fns` round-robin, after a warm-up, for about `seconds` in all and at least `min_rounds` rounds; the first is the baseline."""
+    """Time `fns` in turns, after a warm-up, for about `seconds` in all and at least `min_rounds` rounds; the first is the baseline.
+
+    Each round has an order of its own: what follows a function that reads much finds the caches empty, and that must not always be
+    the same one.
+    """
     if not fns:
         return {}
     repeats = {name: _repeats(f, clock) for name, f in fns.items()}
     samples: dict[str, list[float]] = {name: [] for name in fns}
-    end, rounds = clock() + seconds, 0
+    end, rounds, order, random = clock() + seconds, 0, list(fns), Random(0)
     while rounds < max(1, min_rounds) or clock() < end:
-        for name, f in fns.items():
-            samples[name].append(_sample(f, repeats[name], clock) / repeats[name])
+        for name in order:
+            samples[name].append(_sample(fns[name], repeats[name], clock) / repeats[name])
+        random.shuffle(order)
         rounds += 1
     return timings(samples)
 

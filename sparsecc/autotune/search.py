@@ -23,6 +23,9 @@ TOP: dict[Effort, int | None] = {"none": 1, "quick": 3, "full": None}
 SECONDS: dict[Effort, float] = {"none": 0.0, "quick": 0.05, "full": 0.25}
 """Timing per entrant. With `none` nothing is timed and the predictions decide."""
 
+CROWDED = 4.0
+"""The median of the dense code's samples over the shortest, from which on the machine was busy with something else."""
+
 OUT_OF_TIME = "not tried: out of time"
 
 
@@ -83,9 +86,12 @@ def _race(ready: Sequence[Entrant], seconds: float, deadline: float, race: Race)
     wanted = seconds * len(ready)
     calls = {str(i): call for i, (_, call) in enumerate(ready)}  # two candidates may share a name
     timings = race(calls, max(0.0, min(wanted, left)), 5 if wanted <= left else 3)
-    # Ratios survive a noisy neighbour, medians of different functions do not: seconds are put on the scale of the first median.
-    scale = timings["0"].median
-    return [Result(c.name, c.predicted, scale * t.ratio, None) for (c, _), t in zip(ready, timings.values(), strict=True)]
+    # Ratios survive a noisy neighbour, medians of different functions do not: seconds are put on the scale of the first one's. Where
+    # even the median sample was mostly waiting for a turn, all would seem equal, and only the shortest samples say anything.
+    first = timings["0"]
+    crowded = first.median > CROWDED * first.best
+    seconds = {name: t.best if crowded else first.median * t.ratio for name, t in timings.items()}
+    return [Result(c.name, c.predicted, took, None) for (c, _), took in zip(ready, seconds.values(), strict=True)]
 
 
 def _admit(

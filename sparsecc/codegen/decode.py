@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecc.formats import Bitmap, Compressed, Dense, Format, PackedNM, Panels, Sell
+from sparsecc.formats import Bitmap, Compressed, Dense, Format, PackedNM, Panels, Sell, Shared
 from sparsecc.formats.level import NM
 
 Slots = Iterator[tuple[int, int, int]]
@@ -48,6 +48,11 @@ def _slots(fmt: Format, found: Mapping[str, np.ndarray], parents: int, width: in
                 for step in range(*found["ptr"][position // c : position // c + 2]):
                     stored = step * c + position % c
                     yield stored, parent, int(found["idx"][stored])
+        case Shared(rows=rows, step=step):
+            for group in range(parents // rows):
+                for s in range(*found["ptr"][group : group + 2]):
+                    for r, j in np.ndindex(rows, step):
+                        yield (s * rows + r) * step + j, group * rows + r, int(found["idx"][s * step + j])
         case Compressed():
             for p in range(parents):
                 yield from ((s, p, int(found["idx"][s])) for s in range(*found["ptr"][p : p + 2]))

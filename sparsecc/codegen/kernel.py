@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from sparsecc.formats import Format
 
 Regime = Literal["many", "few", "one"]
@@ -13,6 +15,8 @@ FEW = 16
 """Up to so many tokens the regime is "few": the time of a linear is that of reading its weight, once for all of them."""
 
 ActivationType = Literal["f32", "tf32", "f16", "bf16"]
+
+DTYPES: dict[ActivationType, torch.dtype] = {"f32": torch.float32, "tf32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sparsecc.errors import FormatError, ShapeError
 from .codec import Codec, Raw
 from .level import NM, Arrays, Bitmap, Compressed, Dense, Level, Sell, Size, ceil_div
 from .packed import PackedNM
+from .shared import Shared
 from .swizzle import Identity, Panels, Swizzle
 from .text import Reader
 
@@ -31,6 +32,7 @@ class Format:
     csr                                         the nonzeros
     bsr(4, 1).bf16.panels(128)                  4x1 blocks, values in bf16, in strips of 128 block columns
     sell(4, 64).panels(128)                     the nonzeros, sorted by row length, in strips of 128 columns
+    shared(16, 32).bf16                         the columns of any of 16 rows, 32 at a time
     nm(2, 4)                                    2 of every 4
     packed_nm(2, 4)                             the same, positions in as few bits as hold them
     bitmap.block(1, 16)                         one bit per 1x16 block
@@ -141,6 +143,7 @@ _HEADS: dict[str, tuple[Callable[..., Format], tuple[int, ...]]] = {
     "csr": (lambda: Format(Compressed()), (0,)),
     "bsr": (lambda r, c: Format(Compressed(), (r, c)), (2,)),
     "sell": (lambda c, sigma: Format(Sell(c, sigma)), (2,)),
+    "shared": (lambda rows, step: Format(Shared(rows, step)), (2,)),
     "nm": (lambda n, m: Format(NM(n, m)), (2,)),
     "packed_nm": (lambda n, m: Format(PackedNM(n, m)), (2,)),
     "bitmap": (lambda every=1: Format(Bitmap(every)), (0, 1)),

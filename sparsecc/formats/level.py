@@ -97,7 +97,10 @@ class Compressed(Level):
     def pack(self, occ: Tensor) -> tuple[Arrays, Tensor]:
         slots = occ.nonzero()
         idx = slots[:, 1].to(self.dtypes(occ.shape[1])["idx"])
-        return {"ptr": _row_pointers(occ), "idx": idx.contiguous()}, slots
+        return {"ptr": _row_pointers(self, occ), "idx": idx.contiguous()}, slots
+
+    def refuses(self, occ: Tensor) -> str | None:
+        return _too_many(self, occ)
 
     def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
         parent = torch.repeat_interleave(torch.arange(P), arrays["ptr"].long().diff())
@@ -150,8 +153,11 @@ class Sell(Level):
         coords = F.pad(occ.nonzero()[:, 1], (0, 1))  # the entry added is what an empty last parent points at
         coord = torch.where(counts[parent] > 0, coords[first[parent] + torch.minimum(step, last)], 0)
         idx = coord.to(self.dtypes(occ.shape[1])["idx"])
-        arrays = {"order": order.to(torch.uint16), "ptr": ptr.to(torch.int32), "idx": idx}
+        arrays = {"order": order.to(torch.uint16), "ptr": _narrow(self, occ, ptr), "idx": idx}
         return arrays, torch.stack([parent, coord.masked_fill(step >= counts[parent], -1)], 1)
+
+    def refuses(self, occ: Tensor) -> str | None:
+        return _too_many(self, occ)
 
     def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
         parent, step = self._slots(self._parents(arrays["order"].long()), arrays["ptr"].long())
@@ -265,7 +271,10 @@ class Bitmap(Level):
         P, C = occ.shape
         words = F.pad(occ, (0, -C % 16)).view(P, ceil_div(C, 16), 16)
         bits = (words * self._weights()).sum(-1, dtype=torch.int32).to(torch.uint16)
-        return {"ptr": _row_pointers(occ)[:: self.every].contiguous(), "bits": bits}, occ.nonzero()
+        return {"ptr": _row_pointers(self, occ)[:: self.every].contiguous(), "bits": bits}, occ.nonzero()
+
+    def refuses(self, occ: Tensor) -> str | None:
+        return _too_many(self, occ)
 
     def unpack(self, arrays: Mapping[str, Tensor], P: int, C: int) -> Tensor:
         words = arrays["bits"].to(torch.int32).unsqueeze(-1) & self._weights()
@@ -281,6 +290,24 @@ class Bitmap(Level):
         return torch.ones(16, dtype=torch.int32) << torch.arange(16, dtype=torch.int32)
 
 
-def _row_pointers(occ: Tensor) -> Tensor:
+MOST = (1 << 31) - (1 << 16)
+"""Blocks that a weight may keep: kernels count them in 32 bits, and look up to a step beyond the last one."""
+
+
+def _too_many(level: Level, occ: Tensor) -> str | None:
+    """Why positions do not fit, or None. Blocks are only counted where they might be too many."""
+    if occ.numel() <= MOST or (kept := int(occ.sum())) <= MOST:
+        return None
+    return f"it keeps {kept} of {occ.numel()} blocks, and {level} counts them in 32 bits: use larger blocks"
+
+
+def _row_pointers(level: Level, occ: Tensor) -> Tensor:
     """bool[P, C] -> int32[P+1], where each parent's blocks begin."""
-    return F.pad(occ.sum(1), (1, 0)).cumsum(0).to(torch.int32)
+    return _narrow(level, occ, F.pad(occ.sum(1), (1, 0)).cumsum(0))
+
+
+def _narrow(level: Level, occ: Tensor, ptr: Tensor) -> Tensor:
+    """ptr as int32. Raises FormatError."""
+    if len(ptr) and int(ptr[-1]) > MOST:
+        raise FormatError(_too_many(level, occ) or f"{level} counts its slots in 32 bits")
+    return ptr.to(torch.int32)

@@ -170,7 +170,7 @@ class NM(Pattern):
 class Blocks(Pattern):
     """Zeros come in whole blocks (edge blocks are partial), and `sparsity` is the least fraction of the weight that lies in them.
 
-    A kept block may hold stray zeros, up to STRAY_ZEROS of all kept entries. The four patterns below differ in `extents`, the
+    A kept block may hold stray zeros, up to STRAY_ZEROS of all kept entries. The patterns below differ in `extents`, the
     block's (rows, cols) where 0 stands for the whole side; so gcd finds the grid that two patterns share.
     """
 
@@ -274,7 +274,7 @@ class Blocks(Pattern):
         return f"is {100 * zero:.1f} % zero{inside}, the spec asks for {100 * self.sparsity:g} %"
 
     def _kind(self) -> str:
-        return {"rows": "rows", "cols": "columns"}.get(self.name, "{}x{} blocks".format(*self.extents))
+        return {"rows": "rows", "cols": "columns", "channels": "channels"}.get(self.name, "{}x{} blocks".format(*self.extents))
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,42 @@ class Cols(Blocks):
 
 
 @dataclass(frozen=True)
+class Channels(Blocks):
+    """channels, channels(0.3): output channels are removed: rows of the named weight, and in `prune` whatever is coupled to them."""
+
+    sparsity: float | None = None
+    name: ClassVar[str] = "channels"
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        return 1, 0
+
+
+@dataclass(frozen=True)
+class Heads(Blocks):
+    """heads(64), heads(0.25, 64): attention heads of 64 rows are removed, and in `prune` whatever is coupled to them."""
+
+    sparsity: float | None
+    dim: int
+    name: ClassVar[str] = "heads"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.dim, int) and self.dim >= 1):
+            raise SpecError(f"heads(sparsity, dim) needs the rows of a head as a positive integer, got {self.dim}")
+        super().__post_init__()
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        return self.dim, 0
+
+    def __str__(self) -> str:
+        return f"heads({self.dim})" if self.sparsity is None else f"heads({self.sparsity}, {self.dim})"
+
+    def _kind(self) -> str:
+        return f"heads of {self.dim} rows"
+
+
+@dataclass(frozen=True)
 class Block(Blocks):
     """block(4, 1), block(4, 1, 0.9): zeros come in blocks of 4 rows x 1 column."""
 
@@ -335,7 +371,14 @@ class Block(Blocks):
         return self.rows, self.cols
 
 
-nm, block, unstructured, rows, cols = NM, Block, Unstructured, Rows, Cols
+nm, block, unstructured, rows, cols, channels = NM, Block, Unstructured, Rows, Cols, Channels
+
+
+def heads(*args: float) -> Heads:
+    """heads(dim) or heads(sparsity, dim), as they are written."""
+    sparsity, dim = args if len(args) == 2 else (None, *args)
+    return Heads(sparsity, dim)  # type: ignore[arg-type]  # a dim that is no integer is refused there
+
 
 _PATTERNS: dict[str, tuple[Callable[..., Pattern], tuple[int, ...]]] = {
     "any": (Anything, (0,)),
@@ -344,6 +387,8 @@ _PATTERNS: dict[str, tuple[Callable[..., Pattern], tuple[int, ...]]] = {
     "nm": (NM, (2,)),
     "rows": (Rows, (0, 1)),
     "cols": (Cols, (0, 1)),
+    "channels": (Channels, (0, 1)),
+    "heads": (heads, (1, 2)),
 }
 
 
@@ -367,7 +412,10 @@ def _on_grid(p: Blocks, q: Blocks, sparsity: float | None) -> Pattern:
     if (height, width) == (1, 1):
         return Unstructured(sparsity)
     if not (height and width):
-        return Cols(sparsity) if width else Rows(sparsity)
+        if width == 1 or height == 1:
+            return Cols(sparsity) if width else Rows(sparsity)
+        if height:
+            return Heads(sparsity, height)
     return Block(height, width, sparsity)
 
 

@@ -76,8 +76,9 @@ class Tuner(Protocol):
     @property
     def between(self) -> Between | None: ...
 
-    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
-        """Storage for the weight's zeros that is worth trying, the natural one first; values are rounded only to a codec by name."""
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None) -> list[Format]:
+        """Storage for the weight's zeros that is worth trying, the natural one first; values are rounded only to a codec by name,
+        activations only for `compute` by name. Raises TargetError for one that the target lacks."""
         ...
 
     def choose(self, problem: Problem) -> Choice:

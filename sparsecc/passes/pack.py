@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsecc.codegen.kernel import FEW
-from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Dense, Format, Panels, Pattern, Sell
+from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Dense, Format, Panels, Pattern, Sell, Shared
 from sparsecc.formats.codec import Raw
 from sparsecc.formats.level import NM as NMLevel
 from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
@@ -70,9 +70,9 @@ def _pack(program: Program, view: LinearView, context: Context, picture: Picture
     assert context.tuner is not None
     weight, pattern, region = program.const(view.params[0]), view.terms[0].zeros, program.region(view.node)
     name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
-    codec = context.spec.rule_for(name).codec
+    rule = context.spec.rule_for(name)
     tokens = tokens_of(view.x)
-    formats = context.tuner.formats(pattern, weight, codec, tokens) if pattern != ANY else []
+    formats = context.tuner.formats(pattern, weight, rule.codec, tokens, rule.compute) if pattern != ANY else []
     if picture is not None:
         formats += [replace(fmt, codec=formats[0].codec) for fmt in PLANES if SLICED.level in {f.level for f in formats}]
         formats.append(Format(Dense(), (4, 1)))
@@ -128,8 +128,9 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
-def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
-    """Formats that can hold the zeros of `pattern`, the natural one first; none approximates unless the codec was asked for by name."""
+def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None = None) -> list[Format]:
+    """Formats that can hold the zeros of `pattern`, the natural one first; none approximates unless the codec was asked for by name.
+    For many tokens and `compute` "bf16" there are those that instructions on pairs and tiles read, too."""
     density = int(weight.count_nonzero()) / max(1, weight.numel())
     natural: list[Format] = []
     if isinstance(pattern, Block):
@@ -146,7 +147,14 @@ def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int
         for smaller in (Raw("bf16"), Raw("f16")):
             if weight.dtype == smaller.torch_dtype:
                 raw = smaller
-    return [replace(fmt, codec=raw) for fmt in natural]
+    return [replace(fmt, codec=raw) for fmt in natural] + (_half(pattern, weight) if compute == "bf16" and tokens > FEW else [])
+
+
+def _half(pattern: Pattern, weight: Tensor) -> list[Format]:
+    """Formats for products in bf16: pairs of columns, and, from 16 rows on, tiles."""
+    rows = pattern.rows if isinstance(pattern, Block) else 1
+    tiles = [Format(Shared(16, 32)), Format(Dense(), swizzle=Panels(32))] * (len(weight) >= 16)
+    return [replace(fmt, codec=Raw("bf16")) for fmt in (*tiles, Format(Shared(math.gcd(rows, 8), 2)))]
 
 
 def tokens_of(x: fx.Node) -> int:

@@ -78,6 +78,8 @@ def zeros_of(
     rule = _rule(spec, modules)
     if rule.mode == "require" and not (bare or named):
         rule = DETECT
+    if rule.codec or rule.compute:
+        region.more["codec"] = f"{rule.codec or ''}{' products' if rule.compute else ''}"
     if rule.mode == "dense":
         region.reason = "the spec leaves it dense"
     elif weight.numel() == 0:

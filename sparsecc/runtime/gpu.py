@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsecc.codegen.kernel import KernelSpec, Regime
+from sparsecc.codegen.kernel import DTYPES, KernelSpec, Regime
 from sparsecc.codegen.triton.backend import TritonBackend
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.facts import regime_of
+from sparsecc.codegen.triton.launch import Launch
 from sparsecc.codegen.triton.linear import tile_rows, transposes
-from sparsecc.errors import TargetError
+from sparsecc.errors import ShapeError, TargetError
+from sparsecc.runtime.prepared import SHAPES, Facts, PerThread, prepared_call
+from sparsecc.runtime.scratch import SCRATCH, Pair, fresh
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What a call needs to know of the kernel for one regime. `tokens`, `scratch`: of a tile, the latter in floats of all its parts."""
 
-    launch: Callable[..., Any]
+    launch: Launch
     rows_of_tiles: int
     tokens: int
     split: int
@@ -36,15 +37,17 @@ class GpuLinear:
 
     Code for other numbers of tokens is made when it is first needed, from the same stored weight. x may have any strides and
     alignment: what the kernel cannot read in place is copied. Safe on any stream and device, and under CUDA graph capture.
+    A shape of contiguous arguments that was seen before takes the short way, see `prepared`. Raises TargetError for tensors of another
+    dtype or device than the weight's, ShapeError for x or a weight of another size.
     """
 
     def __init__(self, backend: TritonBackend, spec: KernelSpec, config: GpuConfig, shape: tuple[int, int]) -> None:
         self.backend, self.spec, self.shape = backend, spec, shape
+        self._dtype = DTYPES[spec.dtype]
         self._configs: dict[str, GpuConfig] = {spec.regime: config}
         self._plans: dict[str, _Plan] = {}
         self._zeros: dict[torch.device, Tensor] = {}
-        self._counters: dict[tuple[torch.device, int], Tensor] = {}
-        self._lock = threading.Lock()
+        self._mine = PerThread()
 
     def prepare(self, tokens: int, dtype: torch.dtype | None = None) -> GpuLinear:
         """Make what a call with this many tokens needs."""
@@ -57,17 +60,22 @@ class GpuLinear:
         return self.backend.source(replace(self.spec, regime=regime), self._config(regime))
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        short = self._mine.calls.get(x.shape)
+        if short is not None and (y := short(x, params, bias, residual)) is not None:
+            return y
+        return self._any(x, params, bias, residual)
+
+    def _any(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
         N, K = self.shape
         lead, device = x.shape[:-1], x.device
         tokens = math.prod(lead)
+        self._check(x, params, bias, residual)
         y = torch.empty((*lead, N), dtype=x.dtype, device=device)
         if tokens == 0 or N == 0:
             return y
-        if params[-1].device != device:
-            raise TargetError(f"the weight is on {params[-1].device}, the input on {device}: move the input there")
         regime = regime_of(tokens)
         plan = self._plans.get(regime) or self._plan(regime)
-        x = _rows(x, K)
+        given, x = (x, bias, residual), _rows(x, K)
         tensors, numbers = [x], [tokens, N, K, x.stride(0)]
         if plan.transposes:
             xt = _transposed(x)
@@ -75,8 +83,8 @@ class GpuLinear:
             numbers.append(xt.stride(0))
         if bias is None:
             bias = self._zero(x)
-        elif bias.dtype != x.dtype or not bias.is_contiguous() or bias.data_ptr() % 16:
-            bias = bias.to(x.dtype).clone(memory_format=torch.contiguous_format)
+        elif not bias.is_contiguous() or bias.data_ptr() % 16:
+            bias = bias.clone(memory_format=torch.contiguous_format)
         tensors += (y, bias)
         if residual is not None:
             residual = residual.expand(*lead, N).reshape(tokens, N)
@@ -87,9 +95,49 @@ class GpuLinear:
         tensors += params
         tiles = plan.rows_of_tiles * -(-tokens // plan.tokens)
         if plan.split > 1:
-            tensors += (torch.empty(tiles * plan.scratch, dtype=torch.float32, device=device), self._counter(device, tiles))
+            tensors += self._scratch(device, tiles * plan.scratch, tiles)
         plan.launch((tiles, plan.split), tensors, numbers)
+        if not plan.transposes and K % 16 == 0 and _in_place(*given) and (given[2] is None or given[2].shape == y.shape):
+            self._shorten(plan, y, given[0].shape, tiles, len(tensors), numbers)
         return y
+
+    def _check(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> None:
+        """What a kernel would read as something else, or outside of memory. Raises TargetError, ShapeError."""
+        N, K = self.shape
+        device, weight = x.device, params[-1].device
+        if weight != device:
+            raise TargetError(f"the weight is on {weight}, the input on {device}: move the input there")
+        for name, tensor in (("the input", x), ("the bias", bias), ("the residual", residual)):
+            if tensor is None:
+                continue
+            if tensor.dtype != self._dtype:
+                raise TargetError(f"{name} is {tensor.dtype}, the kernel takes {self._dtype}: cast it, or compile for that dtype")
+            if tensor.device != device:
+                raise TargetError(f"{name} is on {tensor.device}, the weight on {weight}: move it there")
+        if (residual is not None) != self.spec.residual:
+            raise ShapeError(f"this kernel was made {'with' if self.spec.residual else 'without'} a residual")
+        if x.shape[-1] != K or (bias is not None and bias.shape != (N,)):
+            raise ShapeError(f"a layer of {N}x{K} takes inputs of {K} features and {N} biases, got {tuple(x.shape)}")
+
+    def _shorten(self, plan: _Plan, y: Tensor, shape: torch.Size, tiles: int, pointers: int, numbers: list[int]) -> None:
+        """Remember how a call with x of this shape is launched, unless Triton has to do it."""
+        device, floats = y.device, tiles * plan.scratch
+        launch = plan.launch.prepared(y.get_device(), (tiles, plan.split), pointers, numbers)
+        driver = plan.launch.driver()
+        if launch is None or driver is None or driver.capturing():  # what is allocated while capturing belongs to the graph
+            return
+        known: dict[int, list[int]] = {}
+
+        def scratch(stream: int) -> list[int]:
+            if stream not in known:
+                partial, done = SCRATCH.on(device, stream, floats, tiles)
+                known[stream] = [partial.data_ptr(), done.data_ptr()]
+            return known[stream]
+
+        facts = Facts(y.shape, y.dtype, self._zero(y), self.spec.residual, scratch if plan.split > 1 else None)
+        if len(self._mine.calls) >= SHAPES:
+            self._mine.calls.clear()
+        self._mine.calls[shape] = prepared_call(facts, launch, driver)
 
     def _config(self, regime: Regime) -> GpuConfig:
         if regime not in self._configs:
@@ -110,17 +158,12 @@ class GpuLinear:
             self._zeros[x.device] = torch.zeros(self.shape[0], dtype=x.dtype, device=x.device)
         return self._zeros[x.device]
 
-    def _counter(self, device: torch.device, tiles: int) -> Tensor:
-        """Counters of finished parts, zero before and after every launch; what may run side by side has its own: streams, and graphs,
-        which are captured on one stream and replayed on others."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.zeros(tiles, dtype=torch.int32, device=device)
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-        with self._lock:
-            found = self._counters.get((device, stream))
-            if found is None or found.numel() < tiles:
-                found = self._counters[device, stream] = torch.zeros(tiles, dtype=torch.int32, device=device)
-            return found
+    def _scratch(self, device: torch.device, floats: int, tiles: int) -> Pair:
+        if device.type != "cuda":
+            return SCRATCH.on(device, 0, floats, tiles)
+        if torch.cuda.is_current_stream_capturing():
+            return fresh(device, floats, tiles)
+        return SCRATCH.on(device, torch._C._cuda_getCurrentRawStream(device.index), floats, tiles)
 
 
 @dataclass(frozen=True)
@@ -138,6 +181,11 @@ class Elsewhere:
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
         raise TargetError(f"this model was compiled for {self.backend.device.target}, to be looked at; on that machine use target='cuda'")
+
+
+def _in_place(*tensors: Tensor | None) -> bool:
+    """Whether kernels read all of them where they are, whatever row they start with."""
+    return all(tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0) for tensor in tensors)
 
 
 def _rows(x: Tensor, K: int) -> Tensor:

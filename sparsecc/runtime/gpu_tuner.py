@@ -22,6 +22,7 @@ from sparsecc.codegen.triton.compiler import Binary
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.facts import dtype_of, spec_of
 from sparsecc.codegen.triton.storage import storage
+from sparsecc.errors import TargetError
 from sparsecc.formats import Format, Pattern
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.formats.level import NM
@@ -66,8 +67,10 @@ class GpuTuner:
         if self.mode != "device":
             self.notes["times"] = "predicted from the data sheet, not measured"
 
-    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None) -> list[Format]:
         """See `codegen.triton.storage`."""
+        if compute:
+            raise TargetError(f"compute={compute!r} is an option for CPUs: on a GPU, compile the model in {compute}")
         return storage(pattern, int(weight.count_nonzero()) / max(1, weight.numel()), weight.dtype, codec)
 
     def choose(self, problem: Problem) -> Choice:
@@ -121,7 +124,12 @@ class GpuTuner:
         key = self._key(problem, candidates)
         found = self.cache.get(key)
         if found is None:
-            results = self._contest(problem, candidates)
+            try:
+                results = self._contest(problem, candidates)
+            except torch.OutOfMemoryError as error:  # of what all candidates need: the dense code, the reference, the timing
+                return Choice(None, "", None, None, None, None, f"out of memory while tuning: {str(error).strip().partition(chr(10))[0]}")
+            finally:
+                self._kernels.clear()  # they remember the weights that they ran on
             found = {"results": [vars(r) for r in results]}
             if not any(r.error is not None and (r.error == OUT_OF_TIME or not r.error.startswith("not tried: ")) for r in results):
                 self.cache.put(key, found)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.codegen.tvm.half import paired
 from sparsecc.formats import Dense, Format, Panels
 from sparsecc.formats.level import NM
 from sparsecc.runtime.few import DTYPES, FewTokens, panels
 from sparsecc.runtime.record import call, output
-from sparsecc.runtime.tokens import rows, sequences, token_minor, token_output
+from sparsecc.runtime.tokens import rounded, rows, sequences, token_minor, token_output
 
 Pointers = tuple[c_void_p, ...]
 
@@ -38,6 +39,7 @@ class LinearKernel:
         pairs = zip(spec.formats, grids, strict=True)
         self._sizes = tuple(size for fmt, (parents, coords) in pairs for size in (coords, panels(fmt, N, parents)))
         self._few = FewTokens(backend, spec, config, shape)
+        self._quick = self._few.quick if spec.layout == "row" else None
         self._width = backend.isa.lanes * config.vectors
         self._zeros = torch.zeros(N)
         self._bound: dict[int, tuple[Sequence[Tensor], Pointers]] = {}
@@ -57,10 +59,8 @@ class LinearKernel:
         return self._few.source(tokens) if self._few.serves(tokens) else self.backend.source(self.spec, self.config)
 
     def __call__(self, x: Tensor, params: list[Tensor], bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        if self.spec.layout == "row" and x.is_contiguous():
-            bound = self._few.bound(x, params, bias)
-            if bound is not None:
-                return self._few.run(bound, x, residual)
+        if self._quick is not None and (y := self._quick(x, params, bias, residual)) is not None:
+            return y
         N, K = self.shape
         tokens = x.numel() // K if K else math.prod(x.shape[:-1])
         # Several tokens that lie token-minor stay so.
@@ -91,7 +91,10 @@ class LinearKernel:
         t = sequences(x)
         if not (token or (self._padded_k == self.shape[1] and t.in_place(self.shape[1]))):
             t = rows(x)  # one sequence of all rows fills the tiles better
-        t = token_minor(self.backend, t, self._padded_k)
+        if self.config.dot != "fma":
+            t = rounded(self.backend, token_minor(self.backend, t), self.shape[1], self._padded_k, paired(self.spec.formats[0]))
+        else:
+            t = token_minor(self.backend, t, self._padded_k)
         per = -(-t.S // self._width)
         y = token_output(N, lead) if token else output(*lead, N)
         pointers = [c_void_p(t.tensor.data_ptr()), c_void_p(y.data_ptr()), c_void_p(bias.data_ptr())]

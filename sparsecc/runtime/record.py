@@ -20,7 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecc.codegen.tvm.native import Calls, Native
 
-_LOCAL = threading.local()
+
+class _Local(threading.local):
+    """The recorder of this thread, if any."""
+
+    recorder: Recorder | None = None
+
+
+RECORDERS = _Local()
 
 aten = torch.ops.aten
 HARMLESS = {
@@ -92,17 +99,17 @@ class Recorder(TorchDispatchMode):
         return result
 
     def __enter__(self) -> Recorder:
-        _LOCAL.recorder = self
+        RECORDERS.recorder = self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _LOCAL.recorder = None
+        RECORDERS.recorder = None
         super().__exit__(*error)
 
 
 def call(code: Callable[..., Any], *args: Any) -> None:
     """Run a kernel on addresses (c_void_p) and integers."""
-    recorder = getattr(_LOCAL, "recorder", None)
+    recorder = RECORDERS.recorder
     if recorder is not None:
         recorder.calls.append((code, args))
     code(*args)
@@ -110,12 +117,12 @@ def call(code: Callable[..., Any], *args: Any) -> None:
 
 def recording() -> bool:
     """Whether calls are being recorded."""
-    return getattr(_LOCAL, "recorder", None) is not None
+    return RECORDERS.recorder is not None
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised memory for values between kernels."""
-    recorder = getattr(_LOCAL, "recorder", None)
+    recorder = RECORDERS.recorder
     if recorder is None:
         return torch.empty(shape, dtype=dtype)
     count = math.prod(shape)
@@ -126,7 +133,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same for what a kernel returns."""
-    recorder = getattr(_LOCAL, "recorder", None)
+    recorder = RECORDERS.recorder
     return torch.empty(shape, dtype=dtype) if recorder is not None and recorder.result else empty(*shape, dtype=dtype)
 
 
@@ -141,19 +148,20 @@ def given_output() -> Tensor | None:
 
 def spanned() -> bool:
     """Whether token-minor results are to lie in spans."""
-    recorder = getattr(_LOCAL, "recorder", None)
+    recorder = RECORDERS.recorder
     return recorder is not None and recorder.spanned and not recorder.result
 
 
 def span_of(tensor: Tensor) -> int | None:
     """Floats between a value's spans; None if it is what its strides say."""
-    recorder = getattr(_LOCAL, "recorder", None)
+    recorder = RECORDERS.recorder
     return None if recorder is None else recorder.spans.get(tensor.untyped_storage().data_ptr())
 
 
 def set_span(tensor: Tensor, floats: int) -> None:
     """The tensor's storage holds spans at this distance."""
-    _LOCAL.recorder.spans[tensor.untyped_storage().data_ptr()] = floats
+    assert RECORDERS.recorder is not None
+    RECORDERS.recorder.spans[tensor.untyped_storage().data_ptr()] = floats
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -21,6 +23,34 @@ from sparsecc.runtime.chain import link
 Remainder = Literal["auto", "inductor", "eager"]
 
 
+@lru_cache(maxsize=1)
+def _probe() -> threading.Thread:
+    """Inductor compiles and loads a library for each kind of vectors before it first asks what the CPU has: 2 s a process, 17 s where
+    nothing is cached. Those are child processes, so they may as well run while the model is captured and the first kernels are built."""
+
+    def probe() -> None:
+        with contextlib.suppress(Exception):  # found again, and said, where Inductor asks
+            from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+            valid_vec_isa_list()
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    return thread
+
+
+def begin(remainder: Remainder) -> None:
+    """Let Inductor look at the CPU in the background, if it is going to be used. Timings wait for its end: see `settle`."""
+    if _uses_inductor(remainder):
+        _probe()
+
+
+def settle() -> None:
+    """Wait until nothing that `begin` started is running."""
+    if _probe.cache_info().currsize:
+        _probe().join()
+
+
 def finish(program: Program, remainder: Remainder, chained: bool = True) -> Callable[..., Sequence[Any]]:
     """fn(*flat inputs) -> flat outputs. Under "auto" a program that Inductor cannot take runs eagerly, with a warning.
 
@@ -32,8 +62,9 @@ def finish(program: Program, remainder: Remainder, chained: bool = True) -> Call
 
 
 def _finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[Any]]:
-    if remainder == "eager" or (remainder == "auto" and not has_compiler()):
+    if not _uses_inductor(remainder):
         return _eager(program)
+    settle()
     try:
         try:
             return _inductor(program)
@@ -46,6 +77,10 @@ def _finish(program: Program, remainder: Remainder) -> Callable[..., Sequence[An
         reason = f"{type(error).__name__}: {first}"
         warnings.warn(f"sparsecc: Inductor cannot compile the dense remainder ({reason}); it runs eagerly", stacklevel=2)
         return _eager(program)
+
+
+def _uses_inductor(remainder: Remainder) -> bool:
+    return remainder == "inductor" or (remainder == "auto" and has_compiler())
 
 
 @lru_cache

@@ -9,6 +9,7 @@ from ctypes import c_void_p
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from sparsecc.codegen.tvm.backend import TvmBackend
@@ -114,6 +115,15 @@ def token_minor(backend: TvmBackend, value: Tensor | Tokens, padded: int = 0) ->
     made = in_spans(tokens.B, tokens.S, max(padded, features))
     move(backend, tokens, made, features)
     return made
+
+
+def rounded(backend: TvmBackend, tokens: Tokens, features: int, padded: int, pairs: bool) -> Tokens:
+    """Token-minor tokens of `features` as bf16 (u16) of `padded`, in an order of `codegen.tvm.rounding`."""
+    spans = -(-tokens.S // SPAN)
+    made = empty(tokens.B * spans * padded * SPAN, dtype=torch.uint16)
+    addresses = c_void_p(tokens.tensor.data_ptr()), c_void_p(made.data_ptr())
+    call(backend.round_tokens(pairs), *addresses, tokens.B, tokens.S, features, padded, *tokens.steps)
+    return Tokens(made, tokens.B, tokens.S, spans * padded * SPAN, 1, SPAN, padded * SPAN)
 
 
 def move(backend: TvmBackend, x: Tokens, to: Tokens, features: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
-from sparsecc.autotune.cost import Machine, break_even, dense_work, efficiency, predict, work
+from sparsecc.autotune.cost import Machine, break_even, costs, predict, predict_dense, work
+from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
-from sparsecc.codegen.kernel import KernelSpec
+from sparsecc.codegen.kernel import KernelSpec, Regime
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.codegen.tvm.half import dot_of
 from sparsecc.codegen.tvm.image import WindowSpec
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
-from sparsecc.formats import Dense, Format, Pattern
+from sparsecc.formats import Format, Pattern, Shared
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import mask_tiles
@@ -41,6 +43,7 @@ from sparsecc.runtime.between import (
 from sparsecc.runtime.calls import Call, DepthwiseCall, PictureCall
 from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
+from sparsecc.runtime.remainder import settle
 
 TOLERANCE = 2e-5
 """Largest error of a candidate, as a fraction of the largest output: float32 accumulation in another order."""
@@ -68,9 +71,9 @@ class CpuTuner:
         self.between = self
         self.notes: dict[str, str] = {}  # for the explanation's header
 
-    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
-        """See `passes.pack.formats_for`."""
-        return formats_for(pattern, weight, codec, tokens)
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None) -> list[Format]:
+        """See `passes.pack.formats_for`. Where the CPU has no products in bf16, what was asked for runs in float32."""
+        return formats_for(pattern, weight, codec, tokens, compute)
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
@@ -165,7 +168,8 @@ class CpuTuner:
             call = AttentionCall(problem)
             _, kernel = self.attention(problem.D, problem.hides)
             entrant = Candidate("token-minor", 0.0, lambda: call.candidate(kernel))
-            results = contest(Candidate("dense", 1.0, call.dense), [entrant], call.reference, TOLERANCE, self.effort, self._deadline)
+            dense = Candidate("dense", 1.0, call.dense)
+            results = contest(dense, [entrant], call.reference, TOLERANCE, self.effort, self._deadline, race=undisturbed)
             found = {"results": [vars(r) for r in results]}
             if not any(_failed(r) for r in results):
                 self.cache.put(key, found)
@@ -180,29 +184,40 @@ class CpuTuner:
         """By name, the most promising first within each format."""
         found: dict[str, tuple[Format, CpuConfig]] = {}
         for fmt in problem.formats:
-            few = problem.tokens == 1 or (problem.tokens <= GROUP and serves_few(fmt, self.backend.isa))
-            regime = "many" if not few else "one" if problem.tokens == 1 else "few"
-            spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=regime)
-            if self.backend.refuses(spec) is None:
+            spec = KernelSpec((fmt,), problem.epilogue, problem.residual, regime=self.regime(fmt, problem.tokens))
+            slow = dot_of(fmt) == "dpbf16" and self.backend.isa.has("amx-bf16")  # half as fast as float32 where there are tiles
+            if self.backend.refuses(spec) is None and not slow:
                 for config in self.backend.space(spec):
                     found[f"{fmt} {to_text(config)}"] = (fmt, config)
         return found
+
+    def regime(self, fmt: Format, tokens: int) -> Regime:
+        """Which of the kernels of one stored weight serves so many tokens."""
+        regime = regime_of(tokens)
+        return "many" if regime == "few" and not serves_few(fmt, self.backend.isa) else regime
 
     def contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
         call = Call(problem) if problem.picture is None else PictureCall(problem, problem.picture)
         machine = Machine.measured(torch.get_num_threads())
         N, K = problem.weight.shape
-        dense_time = predict(dense_work(N, K), problem.tokens, machine, efficiency(Format(Dense())))
+        tokens = problem.tokens
+        dense_time = predict_dense(N, K, tokens, machine)
         entrants = []
         ranks: dict[Format, int] = {}
         for name, (fmt, config) in candidates.items():
             rank = ranks[fmt] = ranks.get(fmt, -1) + 1
-            seconds = predict(work(fmt, N, K, kept_blocks(problem.weight, fmt.block)), problem.tokens, machine, efficiency(fmt))
-            # Configurations of a format stand in the backend's order: the model doesn't know registers.
-            entrants.append(Candidate(name, seconds * (1 + 0.15 * rank), lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))
+            factors = costs(fmt, self.regime(fmt, tokens), to_text(config), config.dot)
+            shared = fmt.level.rows if isinstance(fmt.level, Shared) else 1
+            stored = work(fmt, N, K, shared * kept_blocks(problem.weight, (shared, 1) if shared > 1 else fmt.block))
+            # What the model cannot tell apart stays in the backend's order.
+            entrants.append(Candidate(name, predict(stored, tokens, machine, factors) * (1 + 1e-3 * rank),
+                                      lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))  # fmt: skip
         dense = Candidate("dense", dense_time, call.dense)
         top = PICTURES_TOP if problem.picture and self.effort == "quick" else None
-        return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, top)
+        try:
+            return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, top, undisturbed)
+        finally:
+            self._kernels.clear()  # they remember the copies of the weight that they were timed with
 
     def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
         dense = next(r for r in results if r.name == "dense")
@@ -269,6 +284,17 @@ class AttentionCall:
     def reference(self) -> Tensor:
         """float64."""
         return F.scaled_dot_product_attention(self.q.double(), self.k.double(), self.v.double(), self.mask, **self.given)
+
+
+def undisturbed(calls: Mapping[str, Callable[[], Tensor]], seconds: float, rounds: int) -> Mapping[str, Timing]:
+    """`interleaved`, once the second core is free."""
+    settle()
+    return interleaved(calls, seconds, rounds)
+
+
+def regime_of(tokens: int) -> Regime:
+    """What decides a call with so many tokens: arithmetic, or reading the weight once for a few, or for one."""
+    return "one" if tokens == 1 else "few" if tokens <= GROUP else "many"
 
 
 def _failed(result: Result) -> bool:

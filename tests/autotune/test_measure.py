@@ -42,8 +42,11 @@ def test_times_and_ratios() -> None:
 
 def test_functions_take_turns() -> None:
     clock = Clock()
-    interleaved({name: clock.takes(name, 1e-3) for name in "abc"}, 0.0, min_rounds=4, clock=clock)
-    assert "".join(clock.calls) == "aabbcc" + "abc" * 4  # two to warm up, then the rounds
+    interleaved({name: clock.takes(name, 1e-3) for name in "abc"}, 0.0, min_rounds=40, clock=clock)
+    calls = "".join(clock.calls)
+    rounds = [calls[i : i + 3] for i in range(6, len(calls), 3)]
+    assert calls[:6] == "aabbcc" and len(rounds) == 40  # two to warm up, then the rounds
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"} and len(set(rounds)) == 6  # each before and after each other
 
 
 def test_ratio_survives_a_neighbour() -> None:

@@ -71,6 +71,12 @@ def test_dense_wins_ties() -> None:
     assert run()[0] == Result("dense", 4.0, None, None)
 
 
+def test_where_most_samples_waited_for_a_turn_the_shortest_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = {"0": Timing(8e-3, 4e-5, 1.0), "1": Timing(8e-3, 1e-5, 1.01)}
+    monkeypatch.setattr(search, "interleaved", lambda fns, seconds, rounds: waited)
+    assert [(r.name, r.seconds) for r in run(candidate("fast", 1.0))] == [("fast", 1e-5), ("dense", 4e-5)]
+
+
 def test_effort_none_trusts_the_prediction_and_still_checks() -> None:
     built: list[str] = []
     results = run(candidate("slow", 2.0, built=built), candidate("fast", 1.0, built=built), effort="none")

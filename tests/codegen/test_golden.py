@@ -41,6 +41,8 @@ GOLDENS = {
     "spmm_bsr_4_1": source("bsr(4, 1)", CpuConfig(1, 1)),
     "spmm_nm_gelu_residual_token": source("nm(2, 4)", CpuConfig(1, 1), epilogue="gelu", residual=True, layout="token"),
     "spmm_two_terms_ragged": source("bsr(2, 1) + csr.bf16", CpuConfig(1, 1), ragged=True),
+    "half_tiles": source("shared(16, 32).bf16", CpuConfig(4, 1, 64, dot="amx"), layout="token", residual=True),
+    "half_pairs": source("shared(2, 2).bf16", CpuConfig(4, 1, 64, dot="dpbf16"), layout="token"),
     "spmv_csr_silu": source("csr", CpuConfig(1, streams=2), epilogue="silu", regime="one"),
     "spmv_bitmap_few_bf16": source("bitmap.bf16", CpuConfig(2, streams=2), backend=WIDE, residual=True, regime="few", dtype="bf16"),
     "spmv_bitmap_panels": source("bitmap.block(4, 1).panels(32)", CpuConfig(1, 4), regime="one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,41 @@ def spec(text: str, dtype: str = "bf16", **fields: object) -> KernelSpec:
     return KernelSpec(terms, dtype=dtype, **fields)  # type: ignore[arg-type]
 
 
+def narrow_products(ttir: str) -> list[str]:
+    """Pointers offset by 32-bit products of a size or a position: with over 2^31 elements such an offset wraps around. Not those into
+    `ptr`, which has one entry for a row or a window of many elements."""
+    lines = re.finditer(r"(%\w+) = ([\w.]+) (.*?) : (.*)", ttir)
+    made = {line[1]: (line[2], re.findall(r"%[\w#]+", line[3]), line[4]) for line in lines}
+    constants = {name for name, (op, _, _) in made.items() if op == "arith.constant"}
+
+    def multiplies(name: str, seen: frozenset[str] = frozenset()) -> bool:
+        op, given, kind = made.get(name, ("", [], ""))
+        if not op or name in seen or op in ("tt.load", "arith.extsi"):  # an extension is where 64 bits begin
+            return False
+        known = [one for one in given if one in constants or made.get(one, ("", [""], ""))[1][:1] in [[c] for c in constants]]
+        if op == "arith.muli" and not known and "i64" not in kind:
+            return True
+        return any(multiplies(one, seen | {name}) for one in given)
+
+    added = {name: given for name, (op, given, _) in made.items() if op == "tt.addptr" and not given[0].startswith("%ptr")}
+    return [name for name, given in added.items() if multiplies(given[1])]
+
+
+def test_the_check_of_offsets_finds_narrow_ones() -> None:
+    wrong = """
+    %rows = arith.muli %row, %K : i32
+    %at = arith.addi %rows, %k : i32
+    %p = tt.addptr %val, %at : !tt.ptr<f16>, i32
+    """
+    assert narrow_products(wrong) == ["%p"]
+    wide = """
+    %wide = arith.extsi %row : i32 to i64
+    %rows = arith.muli %wide, %K64 : i64
+    %p = tt.addptr %val, %rows : !tt.ptr<f16>, i64
+    """
+    assert narrow_products(wide) == []
+
+
 @pytest.mark.parametrize(("target", "text"), [
     (target, text) for i, target in enumerate(TARGETS) for j, text in enumerate(FAMILIES) if target == "cuda:sm_90" or (i + j) % 3 == 0
 ])
@@ -43,6 +79,7 @@ def test_compiles_without_the_device(text: str, target: str) -> None:
     assert 0 < made.occupancy <= 1
     if families(one)[0] is not CSR and regime != "one":
         assert {"cuda:sm_80": "mma.sync", "cuda:sm_90": "mma", "hip:gfx942": "v_mfma"}[target] in made.matrix
+    assert not narrow_products(made.asm["ttir"])
     if target == "cuda:sm_90" and "64" in text and regime == "many":
         assert made.matrix.startswith("wgmma")
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import sparsecc
+from sparsecc.autotune.cache import TuneCache
+from sparsecc.autotune.measure import Timing
+from sparsecc.codegen.triton.backend import TritonBackend
+from sparsecc.codegen.triton.devices import device_of
+from sparsecc.formats import parse_pattern
+from sparsecc.passes.context import Problem
+from sparsecc.runtime.gpu_tuner import GpuTuner
 
 
 def pruned(pattern: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -38,12 +50,19 @@ def test_stays_dense_where_the_prediction_says_so() -> None:
     assert all(not region["sparse"] and "dense is faster" in region["reason"] for region in compiled.explain().to_dict()["regions"])
 
 
-def test_sources_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_and_a_repro_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSECC_DUMP", str(tmp_path))
     x = torch.randn(1, 512, dtype=torch.bfloat16)
     sparsecc.compile(pruned("2:4"), target="cuda:sm_90", example_inputs=(x,), dynamic_shapes=None)
     kernels = [file.read_text() for file in tmp_path.rglob("*.py") if "@triton.jit" in file.read_text()]
     assert kernels and all("packed_nm(2, 4).bf16" in text for text in kernels)
+    environment = {name: value for name, value in os.environ.items() if name != "SPARSECC_DUMP"}
+    environment["PYTHONPATH"] = str(Path(sparsecc.__file__).parents[1])
+    without_tvm = f"import runpy, sys; sys.modules['tvm'] = None; runpy.run_path({str(tmp_path / 'repro.py')!r}, run_name='__main__')"
+    ran = subprocess.run([sys.executable, "-c", without_tvm], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    said = " ".join(ran.stdout.split())
+    assert "target: cuda:sm_90" in said and "registers, no spills" in said and "packed_nm(2, 4).bf16" in said
 
 
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +87,51 @@ def test_dtypes_that_kernels_lack_stay_dense() -> None:
     x = torch.randn(4, 512, dtype=torch.float64)
     compiled = sparsecc.compile(pruned("2:4", torch.float64), target="cuda:sm_90", example_inputs=(x,))
     assert {region["reason"] for region in compiled.explain().to_dict()["regions"]} == {"weights of torch.float64 are not packed"}
+
+
+class Scarce:
+    """A kernel on a device whose memory is nearly full."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def prepare(self, tokens: int, dtype: torch.dtype | None = None) -> Scarce:
+        return self
+
+    def __call__(self, x: torch.Tensor, params: Any, bias: torch.Tensor, residual: None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.problem.weight, bias)
+
+
+def contest_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: Callable[[str], bool], race: Any) -> tuple[Any, list[str]]:
+    """What a tuner chooses where kernels run on the CPU, and some of them out of memory."""
+    tried: list[str] = []
+    model = pruned("unstructured(0.9)", torch.float32)
+    weight = model[0].weight.detach()  # type: ignore[union-attr]
+    tuner = GpuTuner(TritonBackend(device_of("cuda:sm_90")), "device", cache=TuneCache(tmp_path))
+    problem = Problem("layer", weight, tuple(tuner.formats(parse_pattern("unstructured(0.9)"), weight, None, 64)), 64, "", False)
+
+    def kernel(formats: Any, epilogue: str, residual: bool, layout: str, shape: Any, config: str, *more: Any) -> tuple[str, Any]:
+        tried.append(config)
+        if fails(config):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return "", Scarce(problem)
+
+    monkeypatch.setattr(tuner, "kernel", kernel)
+    monkeypatch.setattr("sparsecc.runtime.gpu_tuner.interleaved_on_gpu", race)
+    monkeypatch.setattr("sparsecc.runtime.gpu_tuner.vendors", lambda spec: [])
+    return tuner.choose(problem), tried
+
+
+def test_a_candidate_without_memory_is_dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    times = lambda fns, seconds, rounds: {name: Timing(1.0, 1.0, 1.0 if name == "0" else 0.5) for name in fns}  # noqa: E731
+    choice, tried = contest_of(monkeypatch, tmp_path, lambda config: "bm=64" in config, times)
+    assert any("bm=64" in config for config in tried) and choice.format is not None and "bm=64" not in choice.config
+    assert "2.00x dense, measured" in choice.reason
+
+
+def test_no_memory_to_measure_in_stays_dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def race(fns: Any, seconds: float, rounds: int) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    choice, _ = contest_of(monkeypatch, tmp_path, lambda config: False, race)
+    assert choice.format is None and "out of memory while tuning" in choice.reason and "2.00 GiB" in choice.reason

@@ -64,7 +64,8 @@ def test_random_case(seed: int) -> None:
     spec = replace(spec, dtype=case.dtype)
     assert BACKEND.refuses(spec) is None
     kernel = GpuLinear(BACKEND, spec, config, (case.N, case.K))
-    assert verify(case, kernel) is None, f"{case}, {config}"
+    wrong = verify(case, kernel, again=config.split > 1)  # counters of finished parts have to be left as they were
+    assert wrong is None, f"{case}, {config}: {wrong}"
 
 
 def test_the_harness_catches_a_kernel_that_skips_a_row() -> None:

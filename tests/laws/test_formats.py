@@ -15,6 +15,7 @@ from sparsecc.formats.codec import Raw
 from sparsecc.formats.format import Format, parse_format
 from sparsecc.formats.measure import CANDIDATE_BLOCKS, detect, measure
 from sparsecc.formats.packed import PackedNM
+from sparsecc.formats.shared import Shared
 from sparsecc.formats.swizzle import Identity, Panels
 
 LAW = settings(max_examples=60, deadline=None)
@@ -24,7 +25,7 @@ levels = st.one_of(
     st.sampled_from([level.Dense(), level.Compressed(), level.Bitmap(), level.Bitmap(4), level.Bitmap(16)]),
     nms.map(lambda nm: level.NM(*nm)),
     st.sampled_from([(1, 1), (1, 2), (2, 4), (4, 8), (1, 16), (2, 8), (4, 16)]).map(lambda nm: PackedNM(*nm)),
-    st.sampled_from([level.Sell(1, 1), level.Sell(2, 4), level.Sell(4, 4), level.Sell(3, 12)]),
+    st.sampled_from([level.Sell(1, 1), level.Sell(2, 4), level.Sell(4, 4), level.Sell(3, 12), Shared(1, 2), Shared(3, 4), Shared(16, 32)]),
 )
 blocks = st.sampled_from([(1, 1), (4, 1), (8, 1), (16, 1), (1, 16), (4, 4), (16, 16), (2, 3)])
 codecs = st.sampled_from([Raw("f32"), Raw("bf16"), Raw("f16")])
@@ -71,7 +72,7 @@ def test_unpack_inverts_pack(fmt: Format, N: int, K: int, sparsity: float, seed:
     assert same(fmt.unpack(arrays, (N, K)), w.to(Raw.DTYPES[str(fmt.codec)]).float())
     kept = int(formats._occupied(fmt._blocks(w)).sum())
     stored, least = sum(a.nbytes for a in arrays.values()), fmt.nbytes(N, K, kept)
-    assert stored >= least if isinstance(fmt.level, level.Sell) else stored == least
+    assert stored >= least if isinstance(fmt.level, level.Sell | Shared) else stored == least
 
 
 @LAW
@@ -88,7 +89,7 @@ def test_a_level_gives_each_occupied_block_one_slot(of: level.Level, P: int, C: 
     occ = pattern.NM(of.n, of.m).topk_mask(grid) & (grid > 0.3) if isinstance(of, level.NM) else grid > 0.5
     arrays, slots = of.pack(occ)
     least = of.slots(P, C, int(occ.sum()))
-    assert len(slots) >= least if isinstance(of, level.Sell) else len(slots) == least
+    assert len(slots) >= least if isinstance(of, level.Sell | Shared) else len(slots) == least
     assert sum(a.nbytes for a in arrays.values()) == of.nbytes(P, C, len(slots))
     back = of.unpack(arrays, P, C)
     real = slots[:, 1] >= 0
@@ -96,7 +97,8 @@ def test_a_level_gives_each_occupied_block_one_slot(of: level.Level, P: int, C: 
     stored = back[back[:, 1] >= 0]
     assert len(stored.unique(dim=0)) == len(stored), "two slots share a coordinate"
     seen = torch.zeros(P, C, dtype=torch.int64).index_put(tuple(slots[real].T), torch.tensor(1), accumulate=True)
-    assert torch.equal(seen == 1, occ | (of == level.Dense()))
+    wanted = occ.view(-1, of.rows, C).any(1).repeat_interleave(of.rows, 0) if isinstance(of, Shared) else occ | (of == level.Dense())
+    assert torch.equal(seen == 1, wanted)
 
 
 def test_nm_offsets_ascend_and_fill_up_with_free_ones() -> None:
@@ -241,3 +243,16 @@ def test_detect_on_the_edges() -> None:
     assert detect(torch.zeros(0, 8)) == pattern.ANY
     assert detect(torch.zeros(8, 0)) == pattern.ANY
     assert detect(torch.randn(64, 64) * (torch.rand(64, 64) > 0.05)) == pattern.ANY
+
+
+@pytest.mark.parametrize("text", ["csr", "bsr(4, 1)", "bitmap", "bitmap(16).panels(32)", "sell(4, 64).panels(16)"])
+def test_positions_beyond_32_bits_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with over 2^31 blocks, which no test can hold."""
+    fmt = parse_format(text)
+    monkeypatch.setattr("sparsecc.formats.level.MOST", 100)
+    few, many = torch.zeros(64, 64), torch.ones(64, 64)
+    few[0] = 1
+    assert fmt.refuses(few) is None
+    assert "counts them in 32 bits: use larger blocks" in str(fmt.refuses(many))
+    with pytest.raises(FormatError, match="in 32 bits"):
+        fmt.pack(many)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecc.errors import ShapeError, SpecError
-from sparsecc.formats.pattern import ANY, NM, Block, Cols, Pattern, Rows, Unstructured, parse_pattern
+from sparsecc.formats.pattern import ANY, NM, Block, Channels, Cols, Heads, Pattern, Rows, Unstructured, parse_pattern
 
 LAW = settings(max_examples=150, deadline=None)
 
@@ -19,13 +19,13 @@ sides = st.sampled_from([1, 2, 3, 4, 8])
 concrete = st.one_of(
     st.sampled_from([NM(1, 2), NM(2, 4), NM(1, 4), NM(4, 8), NM(3, 6), NM(4, 4)]),
     st.builds(Block, sides, sides, floors.filter(bool)),
-    floors.filter(bool).flatmap(lambda s: st.sampled_from([Unstructured(s), Rows(s), Cols(s)])),
+    floors.filter(bool).flatmap(lambda s: st.sampled_from([Unstructured(s), Rows(s), Cols(s), Channels(s), Heads(s, 4)])),
 )
 patterns = st.one_of(
     concrete,
     st.just(ANY),
     st.builds(Block, sides, sides),
-    st.sampled_from([Unstructured(), Rows(), Cols()]),
+    st.sampled_from([Unstructured(), Rows(), Cols(), Channels(), Heads(None, 3)]),
 )
 seeds = st.integers(0, 1 << 30)
 SHAPE = (24, 24)
@@ -40,6 +40,8 @@ def sample(p: Pattern, seed: int) -> torch.Tensor:
     """A weight whose zeros are those that p makes; a pattern that fixes no sparsity gets one."""
     if p == ANY:
         return nonzero(*SHAPE, seed=seed)
+    if isinstance(p, Heads):
+        p = Heads(p.sparsity or 0.5, p.dim)
     p = p if p.density is not None else parse_pattern(str(p).replace(")", ", 0.5)") if "(" in str(p) else f"{p}(0.5)")
     w = nonzero(*SHAPE, seed=seed)
     return w * p.topk_mask(w)
@@ -109,6 +111,10 @@ def test_join_and_meet_commute_and_have_units(p: Pattern, q: Pattern) -> None:
         ("rows(0.5)", "block(1, 16, 0.5)", True),
         ("rows", "cols", False),
         ("cols", "block(32, 1)", True),
+        ("heads(0.25, 64)", "channels(0.25)", True),
+        ("channels(0.3)", "rows(0.3)", True),
+        ("channels(0.3)", "heads(0.3, 4)", False),
+        ("heads(0.5, 64)", "heads(32)", True),
         ("unstructured(0.9)", "any", True),
         ("any", "rows", False),
     ],
@@ -124,6 +130,8 @@ def test_implies(p: str, q: str, yes: bool) -> None:
         ("nm(2, 4)", "nm(2, 4)", "any"),
         ("block(8, 1, 0.9)", "block(4, 1, 0.8)", "block(4, 1, 0.7)"),
         ("rows", "rows", "rows"),
+        ("heads(0.9, 6)", "heads(0.8, 4)", "heads(0.7, 2)"),
+        ("heads(64)", "channels(0.5)", "rows"),
         ("rows(0.9)", "cols(0.9)", "unstructured(0.8)"),
         ("nm(1, 4)", "unstructured(0.5)", "unstructured(0.25)"),
     ],

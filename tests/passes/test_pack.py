@@ -42,8 +42,8 @@ class FakeTuner:
     def __init__(self, pick: Callable[[Problem], Format | None] = lambda p: p.formats[0]) -> None:
         self.pick, self.problems = pick, []
 
-    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int) -> list[Format]:
-        return formats_for(pattern, weight, codec, tokens)
+    def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None) -> list[Format]:
+        return formats_for(pattern, weight, codec, tokens, compute)
 
     def choose(self, problem: Problem) -> Choice:
         self.problems.append(problem)

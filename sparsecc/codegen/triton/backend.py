@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.triton.compiler import Binary, binary
@@ -36,7 +34,7 @@ class TritonBackend:
         """Triton source of the kernel `linear`."""
         return linear_source(spec, config)
 
-    def load(self, source: str) -> Callable[..., Any]:
+    def load(self, source: str) -> Launch:
         """A function that launches the kernel."""
         return Launch(source, self.device)
 
@@ -72,22 +70,35 @@ def _csr_space(spec: KernelSpec) -> list[GpuConfig]:
         return [GpuConfig(bm=16, bn=rows, split=split, stages=1) for rows, split in ((16, 1), (16, 4), (32, 1), (8, 4))]
     # Products of every row and token with all columns of a block are held at once.
     many = any(fmt.block[1] > 4 for fmt in spec.formats) or (spec.dtype == "f32" and len(spec.formats) > 1)
+    dots = spec.dtype != "f32" and any(one is not CSR for one in families(spec))
     tokens = (16,) if spec.regime == "few" else (32, 16) if many else (64, 32)
-    return [GpuConfig(bm=bm, bn=rows, warps=4, stages=1) for bm in tokens for rows in ((8,) if many else (16, 8))]
+    rows = (8,) if many else (16,) if dots else (16, 8)  # a matrix instruction takes 16 rows
+    return [GpuConfig(bm=bm, bn=bn, warps=4, stages=1) for bm in tokens for bn in rows]
 
 
 def _fitting(spec: KernelSpec, config: GpuConfig, most: int) -> GpuConfig:
-    while _shared(spec, config) > most and (config.bk > 16):
-        config = replace(config, stages=config.stages - 1) if config.stages > 2 else replace(config, bk=config.bk // 2)
+    """With fewer stages, then fewer columns where the format leaves a choice, then fewer tokens, until the pipeline fits."""
+    while (shared := _shared(spec, config)) > most:
+        narrow = replace(config, bk=config.bk // 2)
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        elif config.bk > 16 and _shared(spec, narrow) < shared:
+            config = narrow
+        elif config.bm > 16:
+            config = replace(config, bm=config.bm // 2)
+        else:
+            break
     return config
 
 
 def _shared(spec: KernelSpec, config: GpuConfig) -> int:
     """Bytes of shared memory that the pipeline of both operands will take, about."""
-    if spec.regime == "one" or CSR in families(spec):
+    kinds = families(spec)
+    if spec.regime == "one" or CSR in kinds:
         return 0
     size = 4 if spec.dtype in ("f32", "tf32") else 2
-    return config.stages * size * config.bk * (tile_rows(spec, config) + config.bm)
+    columns = max(one.columns(fmt, config.bk) for one, fmt in zip(kinds, spec.formats, strict=True))
+    return config.stages * size * columns * (tile_rows(spec, config) + config.bm)
 
 
 @lru_cache

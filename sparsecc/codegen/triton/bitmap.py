@@ -34,6 +34,12 @@ def bitmap_rows(fmt: Format) -> int:
     return fmt.level.every * fmt.block[0]
 
 
+def bitmap_columns(fmt: Format) -> int:
+    """Columns of W that a step goes through: a panel."""
+    assert isinstance(fmt.swizzle, Panels)
+    return fmt.swizzle.width * fmt.block[1]
+
+
 def write_bitmap(tile: Tile, t: int) -> None:
     """acc += W_t x over the panels."""
     w, fmt = tile.w, tile.spec.formats[t]

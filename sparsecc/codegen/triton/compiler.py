@@ -81,20 +81,22 @@ def function(source: str) -> Any:
     import triton.language as tl
 
     if interpreting():
-        _mend_dots()
+        _mend_interpreter()
     name = f"<sparsecc {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    space: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": "sparsecc.kernels"}
+    space: dict[str, Any] = {"triton": triton, "tl": tl, "core": tl.core, "__name__": "sparsecc.kernels"}
     exec(compile(source, name, "exec"), space)
     return space[re.findall(r"^def (\w+)", source, re.MULTILINE)[-1]]
 
 
 @lru_cache
-def _mend_dots() -> None:
-    """Triton's interpreter keeps bfloat16 as its bits, and multiplies those as integers: widen them first."""
+def _mend_interpreter() -> None:
+    """Triton's interpreter keeps bfloat16 as its bits, and multiplies those as integers: widen them first. And at each call of a function
+    of the language (`tl.cdiv`, `tl.sum`) it patches the language again, which takes longer than the call: the launch has done so, for
+    the modules that the kernel sees, `tl` and `core`."""
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     plain: Any = InterpreterBuilder.create_dot
 
@@ -107,10 +109,16 @@ def _mend_dots() -> None:
         return plain(self, wide(a), wide(b), *rest)
 
     InterpreterBuilder.create_dot = create_dot  # type: ignore[method-assign]
+    InterpretedFunction.__call__ = lambda self, *given, **named: self.rewrite()(*given, **named)  # type: ignore[method-assign]
 
 
-def compiled(source: str, device: Device) -> Compiled:
-    """Compile for a device, there or not. Raises TargetError where this Triton cannot."""
+MOST_REGISTERS = 255
+"""Of a CUDA thread. ptxas would rather spill a few than lose a program per multiprocessor, unless it is told how many it may take."""
+
+
+def compiled(source: str, device: Device, registers: int | None = None) -> Compiled:
+    """Compile for a device, there or not; `registers`: how many a CUDA thread may take, else ptxas decides. Raises TargetError where this
+    Triton cannot."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -121,11 +129,14 @@ def compiled(source: str, device: Device) -> Compiled:
     known = [["tt.divisibility", 16]]
     attrs = {(i,): known for i, kind in enumerate(arguments.values()) if kind.startswith("*") or kind.endswith("% 16")}
     target = GPUTarget(device.backend, device.arch, device.warp)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if registers is not None and device.backend == "cuda":
+        options["maxnreg"] = registers
     try:
         kernel = triton.compile(
             ASTSource(made, signature=types, constexprs={}, attrs=attrs),
             target=target,
-            options={"num_warps": config.warps, "num_stages": config.stages},
+            options=options,
         )
     except (ImportError, KeyError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
@@ -134,8 +145,12 @@ def compiled(source: str, device: Device) -> Compiled:
 
 
 def binary(source: str, device: Device) -> Binary:
-    """Compile, and look at what came out. Raises TargetError."""
-    kernel = compiled(source, device).kernel
+    """Compile, and look at what came out; once more with all registers if some were spilled. Raises TargetError."""
+    found = _look(compiled(source, device).kernel, device)
+    return _look(compiled(source, device, MOST_REGISTERS).kernel, device) if found.spills and device.backend == "cuda" else found
+
+
+def _look(kernel: Any, device: Device) -> Binary:
     asm = {name: text for name, text in kernel.asm.items() if isinstance(text, str)}
     registers, spills = _hip(asm["amdgcn"]) if device.backend == "hip" else _cuda(kernel.asm["cubin"], asm["ptx"], device)
     return Binary(device, registers, spills, int(kernel.metadata.shared), int(kernel.metadata.num_warps), asm)

@@ -75,7 +75,7 @@ def _ends(tile: Tile, t: int, rows: int) -> None:
     w(f"real{t} = parent{t} < tl.cdiv(N, {fmt.block[0]})")
     if isinstance(fmt.level, NM):
         w(f"slots{t} = tl.cdiv(tl.cdiv(K, {fmt.block[1]}), {fmt.level.m}) * {fmt.level.n}")
-        w(f"lo{t} = parent{t} * slots{t}")
+        w(f"lo{t} = parent{t}.to(tl.int64) * slots{t}")
         w(f"hi{t} = tl.where(real{t}, lo{t} + slots{t}, lo{t})")
         return
     w(f"lo{t} = tl.load(ptr{t} + parent{t}, mask=real{t}, other=0)")

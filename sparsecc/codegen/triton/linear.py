@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.lines import Lines
-from sparsecc.codegen.triton.bitmap import bitmap_rows, refuses_bitmap, write_bitmap
+from sparsecc.codegen.triton.bitmap import bitmap_columns, bitmap_rows, refuses_bitmap, write_bitmap
 from sparsecc.codegen.triton.bsr import refuses_bsr, write_bsr
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.csr import refuses_csr, write_csr
 from sparsecc.codegen.triton.dense import refuses_dense, write_dense
-from sparsecc.codegen.triton.nm import refuses_nm, write_nm
+from sparsecc.codegen.triton.nm import nm_columns, refuses_nm, write_nm
 from sparsecc.codegen.triton.tile import TL, Tile
 from sparsecc.formats import Bitmap, Compressed, Dense, Format, PackedNM
 from sparsecc.formats.level import NM
@@ -21,18 +21,20 @@ from sparsecc.formats.level import NM
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of storage is run. `rows`: features of a tile where the format decides them, else None."""
+    """How one kind of storage is run. `rows`: features of a tile where the format decides them, else None; `columns`: of a step of the
+    pipelined loop, for the config's bk."""
 
     name: str
     refuses: Callable[[Format], str | None]
     write: Callable[[Tile, int], None]
     rows: Callable[[Format], int | None] = lambda fmt: None
+    columns: Callable[[Format, int], int] = lambda fmt, bk: bk
 
 
-BSR = Family("bsr", refuses_bsr, write_bsr, lambda fmt: fmt.block[0])
+BSR = Family("bsr", refuses_bsr, write_bsr, lambda fmt: fmt.block[0], lambda fmt, bk: min(bk, fmt.block[1]))
 CSR = Family("csr", refuses_csr, write_csr)
-NM_PACKED = Family("nm", refuses_nm, write_nm)
-BITMAP = Family("bitmap", refuses_bitmap, write_bitmap, bitmap_rows)
+NM_PACKED = Family("nm", refuses_nm, write_nm, columns=nm_columns)
+BITMAP = Family("bitmap", refuses_bitmap, write_bitmap, bitmap_rows, lambda fmt, bk: bitmap_columns(fmt))
 DENSE = Family("dense", refuses_dense, write_dense)
 FAMILIES = (BSR, NM_PACKED, BITMAP, CSR, DENSE)
 

@@ -22,12 +22,18 @@ def refuses_nm(fmt: Format) -> str | None:
     return None
 
 
+def nm_columns(fmt: Format, bk: int) -> int:
+    """Columns of a step: at least those of a stored word."""
+    assert isinstance(fmt.level, PackedNM)
+    return max(bk, fmt.level.m * fmt.level.per_word)
+
+
 def write_nm(tile: Tile, t: int) -> None:
     """acc += W_t x over the columns."""
     w, level, bn = tile.w, tile.spec.formats[t].level, tile.bn
     assert isinstance(level, PackedNM)
     n, m = level.n, level.m
-    bk = max(tile.config.bk, m * level.per_word)
+    bk = nm_columns(tile.spec.formats[t], tile.config.bk)
     groups = bk // m
     ragged = tile.spec.ragged
     tail = tile.spec.tail

@@ -15,12 +15,14 @@ from typing import Any
 from sparsecc.codegen.config import tunable
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm import native
+from sparsecc.codegen.tvm.half import DOTS, TILE, dot_of, half_source
 from sparsecc.codegen.tvm.host import Isa, host_isa
+from sparsecc.codegen.tvm.rounding import round_source
 from sparsecc.codegen.tvm.spmm import spmm_source
 from sparsecc.codegen.tvm.spmv import spmv_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source
 from sparsecc.debug import cache_dir
-from sparsecc.formats import Bitmap, Compressed, PackedNM, Sell
+from sparsecc.formats import Bitmap, Compressed, PackedNM, Sell, Shared
 
 _LOCK = threading.Lock()
 _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
@@ -29,13 +31,15 @@ _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
 @dataclass(frozen=True)
 class CpuConfig:
     """vectors: token vectors per tile; unroll: kept blocks per loop step; chunk: rows per task. Of one token, or a few: vectors is how many
-    go together, streams how many rows are read at once, gather whether nonzeros are taken a vector at a time."""
+    go together, streams how many rows are read at once, gather whether nonzeros are taken a vector at a time. dot: what multiplies; all
+    but "fma" round activations to bf16, see `half`."""
 
     vectors: int = tunable(1, 2, 4, default=2)
     unroll: int = tunable(1, 2, 4, 8, default=2)
     chunk: int = tunable(64, 128, 256, default=128)
     streams: int = tunable(1, 2, 4, 8, default=4)
     gather: bool = tunable(True, False)
+    dot: str = tunable("fma", "amx", "dpbf16")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class TvmBackend:
         for fmt in spec.formats:
             if isinstance(fmt.level, PackedNM) or (isinstance(fmt.level, Bitmap) and fmt.level.every > 1):
                 return f"{fmt.level} is a GPU's storage"
+            if isinstance(fmt.level, Shared):
+                dot = dot_of(fmt)
+                if spec.regime != "many" or len(spec.formats) > 1 or not dot:
+                    return f"{fmt} is for many tokens, alone, in bf16 pairs or tiles of {TILE[0]}x{TILE[1]}"
+                if not self.isa.has(DOTS[dot]):
+                    return f"this CPU, or target, has no {DOTS[dot]}"
             if fmt.block[0] > 64 or fmt.block[1] > 64:
                 return f"blocks of {fmt.block[0]}x{fmt.block[1]} are larger than 64"
         return None
@@ -71,6 +81,9 @@ class TvmBackend:
         if spec.regime == "few":
             return [CpuConfig(streams=4), CpuConfig(streams=2)]
         rows = max(fmt.block[0] for fmt in spec.formats)
+        dot = dot_of(spec.formats[0]) if len(spec.formats) == 1 else ""
+        if dot and self.isa.has(DOTS[dot]):
+            return [CpuConfig(4, 1, dot=dot)]
         if any(isinstance(fmt.level, Sell) for fmt in spec.formats):
             return [CpuConfig(4 if self.isa.registers > 16 else 2, 1), CpuConfig(1, 1)]
         if rows == 1:
@@ -79,6 +92,8 @@ class TvmBackend:
 
     def source(self, spec: KernelSpec, config: CpuConfig) -> str:
         """TVMScript of the kernel named after its family, `spmm` or `spmv`."""
+        if config.dot != "fma" and spec.regime == "many":
+            return half_source(spec, config.dot, whole_chunk(spec, config))
         if spec.regime != "many":
             return spmv_source(spec, config.vectors, config.streams, config.gather, self.isa)
         return spmm_source(spec, config.vectors, config.unroll, whole_chunk(spec, config), self.isa.lanes, self.isa.registers)
@@ -99,6 +114,10 @@ class TvmBackend:
         """Token-minor activations into tiles."""
         return _mover(self, "tokens")
 
+    def round_tokens(self, pairs: bool) -> Callable[..., Any]:
+        """Token-minor activations to bf16, see `rounding`."""
+        return _rounder(self, pairs)
+
 
 def whole_chunk(spec: KernelSpec, config: CpuConfig) -> int:
     """The config's rows per task, rounded up to whole windows of blocks."""
@@ -111,6 +130,11 @@ def _mover(backend: TvmBackend, kind: str) -> Callable[..., Any]:
     """The transposing kernels, found without writing their text again: this is on every call's path."""
     source = pack_rows_source if kind == "rows" else pack_tokens_source
     return backend.load(source(backend.isa.lanes))
+
+
+@lru_cache
+def _rounder(backend: TvmBackend, pairs: bool) -> Callable[..., Any]:
+    return backend.load(round_source(pairs))
 
 
 def _load(source: str, isa: Isa) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +15,10 @@ ISAS = {"avx512": ("avx512f", 16, 24), "avx2": ("avx2", 8, 12), "portable": ("",
 """name -> (LLVM feature, float32 lanes, registers that may hold accumulators)"""
 
 
-AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vbmi2", "f16c", "fma")
+AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "f16c", "fma")
 """Linux's names of what kernels for AVX-512 may use; LLVM's lack the underscore."""
+AMX = ("amx_tile", "amx_bf16")
+"""The same for tiles; LLVM's have a hyphen."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,19 @@ def _llvm(name: str, flags: frozenset[str]) -> tuple[str, tuple[str, ...]]:
         return str(codegen.llvm_get_system_cpu()), ()
     if name == "avx512":
         # Sapphire Rapids' model prefers full-width vectors, which is what these kernels are written in.
-        extra = tuple(f"+{f.replace('512_', '512')}" for f in AVX512 if f in flags)
+        extra = [f"+{f.replace('512_', '512')}" for f in AVX512 if f in flags]
+        if "avx512_bf16" in flags and flags.issuperset(AMX) and _tiles_allowed():
+            extra += [f"+{f.replace('_', '-')}" for f in AMX]
         return "skylake-avx512", (*extra, "-prefer-256-bit")
     return ("haswell", ()) if name == "avx2" else ("x86-64", ())
+
+
+def _tiles_allowed() -> bool:
+    """Ask Linux for the registers of AMX, which a process may use only after that (arch_prctl's ARCH_REQ_XCOMP_PERM)."""
+    if platform.system() != "Linux":
+        return False
+    syscall, request, tiles = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(syscall, request, tiles) == 0
 
 
 def _cpu_flags() -> frozenset[str]:

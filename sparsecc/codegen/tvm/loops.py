@@ -29,7 +29,7 @@ def write_bitmap(term: Term, parents: list[str], sums: Sums) -> None:
             offset = f"{parent} * words{t} + {word}"
             two = f'T.reinterpret("uint32", bits{t}[T.ramp({offset}, 1, 2)])'  # rows of words are only 2-byte aligned
             mask = w.let("mask", f"bits{t}[{offset}]" if span == 16 else two if bits == 32 else f'T.Cast("uint32", bits{t}[{offset}])')
-            _prefetch(w, f"val{t}", f"{at}[0]", value_bytes(fmt))
+            write_prefetch(w, f"val{t}", f"{at}[0]", value_bytes(fmt))
             for i, weight in enumerate(_expanded(term, f"{at}[0]", mask)[: len(offsets)]):
                 for m in range(term.tokens):
                     sums.add(s, m, 0, weight, xs[m][i])
@@ -61,7 +61,7 @@ def _expanded(term: Term, at: str, mask: str) -> list[str]:
     return [w.let("weight", f'T.reinterpret("float32x16", {part})') for part in (even, odd)]
 
 
-def _prefetch(w: Writer, buffer: str, at: str, itemsize: int) -> None:
+def write_prefetch(w: Writer, buffer: str, at: str, itemsize: int) -> None:
     where = f"T.address_of({buffer}[{at} + {AHEAD // itemsize}])"
     w(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", {where}, T.int32(0), T.int32(3), T.int32(1)))')
 
@@ -85,7 +85,7 @@ def write_gathered(term: Term, parents: list[str], sums: Sums) -> None:
     with w.block(f"for j in range({common}):"):
         for s, lo in enumerate(los):
             for name, size in (("val", value_bytes(fmt)), ("idx", 2)):
-                _prefetch(w, f"{name}{t}", f"{lo} + j * 16", size)
+                write_prefetch(w, f"{name}{t}", f"{lo} + j * 16", size)
             step(s, f"{lo} + j * 16", "")
     for s, (lo, count) in enumerate(zip(los, counts, strict=True)):
         with w.block(f"for j in range({count} // 16 - {common}):"):
@@ -116,7 +116,7 @@ def write_compressed(term: Term, parents: list[str], sums: Sums) -> None:
     with w.block(f"for j in range({common}):"):
         for s, lo in enumerate(los):
             j = w.let("entry", f"{lo} + j")
-            _prefetch(w, f"val{t}", f"{j} * {term.fmt.block[0] * term.fmt.block[1]}", value_bytes(term.fmt))
+            write_prefetch(w, f"val{t}", f"{j} * {term.fmt.block[0] * term.fmt.block[1]}", value_bytes(term.fmt))
             write_block(term, sums, s, j, f'T.Cast("int64", idx{t}[{j}])')
     if len(los) > 1:
         for s, (lo, count) in enumerate(zip(los, counts, strict=True)):
@@ -136,7 +136,7 @@ def write_permuted(term: Term, parents: list[str], sums: Sums) -> None:
         xs = [[w.let("x", term.x(k, f"j * {span} + {i}", 16)) for i in (0, 16)] for k in range(term.tokens)]
         for s, parent in enumerate(parents):
             at = w.let("slot", f"{parent} * slots{t} + j * 16")
-            _prefetch(w, f"val{t}", at, value_bytes(fmt))
+            write_prefetch(w, f"val{t}", at, value_bytes(fmt))
             offsets = w.let("offsets", f'T.Cast("int32x16", idx{t}[T.ramp({at}, 1, 16)]) + {base}')
             weight = w.let("weight", value(fmt, t, at, 16))
             for k in range(term.tokens):
@@ -169,7 +169,7 @@ def write_counted(term: Term, parents: list[str], sums: Sums) -> None:
     with w.block(f"for c in range(C{t}):"):
         for s, parent in enumerate(parents):
             j = w.let("entry", f"{parent} * C{t} + c")
-            _prefetch(w, f"val{t}", f"{j} * {size}", value_bytes(fmt))
+            write_prefetch(w, f"val{t}", f"{j} * {size}", value_bytes(fmt))
             write_block(term, sums, s, j, "c")
 
 

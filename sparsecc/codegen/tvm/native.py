@@ -14,7 +14,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -29,9 +29,9 @@ _SERVICES = {
     "__TVMBackendFreeWorkspace": "release",
 }
 """Variables in which a kernel looks for what TVM's runtime would give it, and the launcher's functions."""
-_RESULT = ctypes.create_string_buffer(16)
+RESULT = ctypes.create_string_buffer(16)
 """Where kernels write that they return nothing; nobody reads it."""
-_REFUSED = "sparsecc: kernel call {} of {} refused its arguments"
+REFUSED = "sparsecc: kernel call {} of {} refused its arguments"
 
 
 class Native:
@@ -47,18 +47,13 @@ class Native:
 
     def __call__(self, *args: Any) -> None:
         values = struct.pack(f"{2 * len(args)}q", *_pairs(args))
-        if self.kernel(None, values, len(args), _RESULT):
-            raise RuntimeError(_REFUSED.format(1, 1))
+        if self.kernel(None, values, len(args), RESULT):
+            raise RuntimeError(REFUSED.format(1, 1))
 
-    def bind(self, count: int, last: Sequence[Any]) -> tuple[Callable[[bytes], None], bytes]:
-        """What calls the kernel with all of its `count` arguments as bytes, and the `last` of them as such."""
-        kernel, size = self.kernel, ctypes.c_int(count)
-
-        def fast(values: bytes) -> None:
-            if kernel(None, values, size, _RESULT):
-                raise RuntimeError(_REFUSED.format(1, 1))
-
-        return fast, struct.pack(f"{2 * len(last)}q", *_pairs(last))
+    @staticmethod
+    def tail(last: Sequence[Any]) -> bytes:
+        """The last arguments of `kernel(None, arguments, how many, RESULT)`, which returns 0 unless it refuses them."""
+        return struct.pack(f"{2 * len(last)}q", *_pairs(last))
 
 
 class Calls:
@@ -77,7 +72,7 @@ class Calls:
     def __call__(self) -> None:
         failed = self._run(self._table, c_int64(self._count))
         if failed:
-            raise RuntimeError(_REFUSED.format(failed, self._count))
+            raise RuntimeError(REFUSED.format(failed, self._count))
 
     @staticmethod
     def slots(calls: Sequence[tuple[Native, Sequence[Any]]]) -> list[tuple[c_void_p, int]]:

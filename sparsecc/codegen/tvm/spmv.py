@@ -15,10 +15,13 @@ x, y, the bias and the residual are of `spec.dtype`, rows of features; sums are 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 from sparsecc.codegen.kernel import FEW, KernelSpec
 from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.entries import STORED, load, pointers, store, value_bytes
+from sparsecc.codegen.tvm.few_tiles import write_tiled, write_x_tiles
+from sparsecc.codegen.tvm.half import configured
 from sparsecc.codegen.tvm.host import Isa
 from sparsecc.codegen.tvm.streams import write_term
 from sparsecc.codegen.tvm.terms import Term, term_x
@@ -31,6 +34,8 @@ the work. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
 
 TILES = (1, 2, 4, 8)
 """Tokens that a kernel may take together."""
+WIDE = 16
+"""Those of a kernel on tiles (see `few_tiles`)."""
 GROUP = FEW
 """Tokens for which memory is read once: what one tile has read of a task is in cache for the next."""
 
@@ -43,7 +48,8 @@ def spmv_source(spec: KernelSpec, tokens: int, streams: int, gather: bool, isa: 
     for t, fmt in enumerate(spec.formats):
         params |= pointers(fmt, spec.wide, t)
     sizes = tuple(f"{name}{t}" for t in range(len(spec.formats)) for name in "CP")
-    names = sorted({term_x(fmt, isa) for fmt in spec.formats})
+    wide = tokens == WIDE
+    names = ["xs"] if wide else sorted({term_x(fmt, isa) for fmt in spec.formats})
     group = GROUP if tokens == max(TILES) else tokens
     terms = [Term(w, fmt, t, tokens, streams, gather, isa, spec.wide) for t, fmt in enumerate(spec.formats)]
     with w.function("spmv", params, INTS + sizes):
@@ -52,6 +58,8 @@ def spmv_source(spec: KernelSpec, tokens: int, streams: int, gather: bool, isa: 
             w.opaque("tokens", f"T.min(M - head, T.int64({group}))")
             for i, name in enumerate(names):
                 _write_x(w, spec, group, isa.lanes, name, f"{group} * (pitch + {i} * reach)")
+            if wide:
+                write_x_tiles(w, spec.dtype)
             with w.block("for task in T.parallel(tasks):"):
                 _write_bounds(w, spec)
                 with w.block(f"for tile in range((tokens + {tokens - 1}) // {tokens}):"):
@@ -60,8 +68,9 @@ def spmv_source(spec: KernelSpec, tokens: int, streams: int, gather: bool, isa: 
                     w.opaque("ot", f"tile * {tokens} * pitch")
                     with w.block(f"for m in range({tokens}):"):
                         _write_rows(w, isa.lanes, lambda at, n: _write_bias(w, spec, at, n))
-                    for term in terms:
-                        write_term(term)
+                    with configured(w) if wide else nullcontext():
+                        for term in terms:
+                            write_tiled(term, spec.dtype) if wide else write_term(term)
                     with w.block(f"for m in range(T.min(T.int64({tokens}), tokens - tile * {tokens})):"):
                         w.opaque("row", f"head + tile * {tokens} + m")
                         _write_rows(w, isa.lanes, lambda at, n: _write_y(w, spec, at, n))

@@ -37,7 +37,7 @@ def pack_rows_source(lanes: int) -> str:
         with w.block(f"for kb in range((whole - first) // {lanes}):"):
             w(f"k: T.let = first + kb * {lanes}")
             load = lambda i: vec("x", f"at + (s + {i}) * x_stride + k", lanes)  # noqa: E731
-            _transpose(w, lanes, load, lambda i: vec("y", f"to + (k + {i}) * y_stride", lanes), {})
+            write_transposed(w, lanes, load, lambda i: vec("y", f"to + (k + {i}) * y_stride", lanes), {})
         with w.block("for kr in range(last - whole):"), w.block(f"for i in range({lanes}):"):
             w("k: T.let = whole + kr")
             w("y[to + k * y_stride + i] = T.if_then_else((s + i < S) and (k < K), x[at + (s + i) * x_stride + k], T.float32(0))")
@@ -83,7 +83,7 @@ def write_rows(w: Writer, lanes: int, residual: bool, token: str, offset: str, w
         w(f"n: T.let = nb * {lanes}")
         extra = {i: plus(f"m + {i}", "first + n", lanes) for i in range(lanes)}
         load = lambda i: vec("out", f"(n + {i}) * {width} + {offset}", lanes)  # noqa: E731
-        _transpose(w, lanes, load, lambda i: vec("y", f"(m + {i}) * y_stride + first + n", lanes), extra)
+        write_transposed(w, lanes, load, lambda i: vec("y", f"(m + {i}) * y_stride + first + n", lanes), extra)
     with w.block("for nr in range(last - first - whole):"), w.block(f"for i in range(T.min(T.int64({lanes}), S - token)):"):
         w("n: T.let = whole + nr")
         w(f"y[(m + i) * y_stride + first + n] = out[n * {width} + {offset} + i]{plus('m + i', 'first + n', 1)}")
@@ -103,9 +103,9 @@ def _tasks(w: Writer, features: str, lanes: int, at: str) -> None:
     w.opaque("to", place("y", "s"))
 
 
-def _transpose(w: Writer, lanes: int, load, store, extra: dict[int, str]) -> None:
+def write_transposed(w: Writer, lanes: int, load, store, extra: dict[int, str], name: str = "v") -> None:
     """lanes x lanes floats: stage s exchanges bit s of the row number with bit s of the lane number."""
-    row = w.registers("v", 2 * lanes, 1, lanes)
+    row = w.registers(name, 2 * lanes, 1, lanes)
     at = lambda half, i: row(half * lanes + i, 0)  # noqa: E731
     for i in range(lanes):
         w(f"{at(0, i)} = {load(i)}")
