@@ -18,19 +18,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.peer_engines import ENGINES, Case
+from benchmarks.peer_engines import ENGINES, Case, Engine
 from benchmarks.peer_llama import DECODERS
 
 
 class Worker:
-    """Answers requests about one engine, a key of `ENGINES` or `DECODERS`, that may use `threads` threads."""
+    """Answers requests about one engine, a key of `engines`, `ENGINES` or `DECODERS`, that may use `threads` threads."""
 
-    def __init__(self, engine: str, threads: int) -> None:
-        self.engine, self.threads = engine, threads
+    def __init__(self, engine: str, threads: int, engines: Mapping[str, Engine] = ENGINES) -> None:
+        self.engine, self.threads, self.engines = engine, threads, engines
         self._calls: dict[str, Callable[[], Any]] = {}
 
     def load(self, folder: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Worker:
         import numpy as np
 
         start = time.perf_counter()
-        engine = {**ENGINES, **DECODERS}[self.engine]
+        engine = {**ENGINES, **DECODERS, **self.engines}[self.engine]
         call = self._calls[folder] = engine.load(Case(Path(folder), self.threads))
         out = call()
         reply: dict[str, Any] = {"seconds": time.perf_counter() - start, "versions": versions(engine.packages)}
@@ -93,15 +93,15 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return {name: metadata.version(name) for name in packages}
 
 
-def main() -> None:
-    """Confine the process to as many CPUs as threads, keep stdout for replies, and serve."""
-    engine, threads = sys.argv[1], int(sys.argv[2])
+def main(engines: Mapping[str, Engine] = ENGINES) -> None:
+    """Confine the process to as many CPUs as threads, keep stdout for replies, and serve. The command line ends with both."""
+    engine, threads = sys.argv[-2], int(sys.argv[-1])
     if hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, set(cpus[-threads:]))  # interrupts mostly go to the first
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not a reply
-    Worker(engine, threads).serve(sys.stdin, replies)
+    Worker(engine, threads, engines).serve(sys.stdin, replies)
     replies.flush()
     os._exit(0)  # some engines hang or crash while they take their thread pools down
 

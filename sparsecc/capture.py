@@ -107,7 +107,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         if dynamic_shapes != "auto":
             raise CaptureError(f"dynamic_shapes={dynamic_shapes!r}: use 'auto', None, or what torch.export takes")
         bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        attempts = [pytree.tree_map(_auto, dict(bound)), None]
+        pictures = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        attempts = [pytree.tree_map(lambda leaf: _auto(leaf, pictures), dict(bound)), None]
     failure: Exception | None = None
     for shapes in attempts:
         try:
@@ -117,8 +118,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {_reason(failure)}") from failure
 
 
-def _auto(leaf: Any) -> Any:
-    return dict.fromkeys(range(leaf.ndim), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+def _auto(leaf: Any, pictures: bool) -> Any:
+    """Every dimension, but of pictures only the batch: kernels are made for their size."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return {0: Dim.AUTO} if pictures and leaf.ndim == 4 else dict.fromkeys(range(leaf.ndim), Dim.AUTO)
 
 
 def _reason(error: Exception | None) -> str:

@@ -17,12 +17,14 @@ from sparsecc.autotune.progress import progress
 from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
-from sparsecc.ir.ops import KERNELS
+from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
+from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import print_program
 from sparsecc.ir.token_ops import DIALECT
 from sparsecc.passes import PIPELINE
 from sparsecc.passes.context import Context
+from sparsecc.passes.convolution import CONVOLUTION
 from sparsecc.passes.manager import History, run_passes
 from sparsecc.passes.pack import tokens_of
 from sparsecc.runtime.graphs import Graphed, capturable
@@ -80,7 +82,7 @@ def compile(
     tune_seconds: float | None = None,
     remainder: Literal["auto", "inductor", "eager"] = "auto",
 ) -> CompiledModule:
-    """A module that computes what `model` computes, with the zeros of its linear weights skipped where that is faster.
+    """A module that computes what `model` computes, with the zeros of its linear and convolution weights skipped where that is faster.
 
     target: "cpu" (the widest vectors of this machine), "cpu:avx512" | "cpu:avx2" | "cpu:portable", "cuda" (this machine's GPU), a GPU to
       compile for without having it ("cuda:sm_90", "hip:gfx942": to be explained and read, not run), or "reference" (dense meaning).
@@ -152,7 +154,7 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
         history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
     if dumper is not None:
         for node in history.program.graph.nodes:
-            key = node.args[-1] if node.args and node.target in DIALECT else None
+            key = node.args[-1] if node.args and (node.target in DIALECT or node.target in IMAGE_MEANINGS) else None
             source = getattr(KERNELS.get(str(key)), "source", None)
             if source is not None:
                 dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
@@ -180,7 +182,9 @@ def not_here(target: str) -> Callable[..., Sequence[Any]]:
 def explanation(history: History, options: Options, notes: Mapping[str, str]) -> Explanation:
     """The regions as they stood before lowering, which returns dense ones to ATen. `notes` go into the header."""
     steps = [step for step in history.steps if step.name != "lower"]
-    regions = [steps[-1].program.region(view.node) for view in steps[-1].program.linears()]
+    program = steps[-1].program
+    shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, DEPTHWISE) and n.name in program.regions)]
+    regions = [program.region(node) for node in shown]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes})
 

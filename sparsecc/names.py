@@ -10,14 +10,16 @@ from torch import nn
 from sparsecc.ir.program import Program
 
 _KEY = "sparsecc_names"
+LINEARS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Modules whose weights a spec may name."""
 
 
 @dataclass(frozen=True)
 class Names:
     """What a program's own constants do not tell.
 
-    linears: every nn.Linear of the model, in the program or not.
-    canonical: weight name -> the first name of that tensor, those in an nn.Linear before others.
+    linears: every nn.Linear and convolution of the model, in the program or not.
+    canonical: weight name -> the first name of that tensor, those in one of them before others.
     tied: canonical name of a weight -> the modules it may be named by, itself first.
     partial: whether the program is a part of a model that cannot be looked at as a whole.
     """
@@ -30,7 +32,7 @@ class Names:
     @staticmethod
     def of(model: nn.Module) -> Names:
         """The names of a model's parameters."""
-        linears = tuple(name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear))
+        linears = tuple(name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LINEARS))
         groups: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)

@@ -46,6 +46,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(F.gelu, "0.5*v*(1 + erf(v/sqrt(2)))"),
     "gelu_tanh": Activation(lambda y: F.gelu(y, approximate="tanh"), "0.5*v*(1 + tanh(sqrt(2/pi)*(v + 0.044715*v**3)))"),
     "silu": Activation(F.silu, "v/(1 + exp(-v))"),
+    "relu6": Activation(F.relu6, "min(max(v, 0), 6)"),
+    "hardswish": Activation(F.hardswish, "v*min(max(v + 3, 0), 6)/6"),
 }
 
 

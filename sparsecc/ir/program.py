@@ -109,7 +109,7 @@ class Program:
     """The compiler's view of a model: placeholders and a tuple of outputs, both flat; weights as get_attr.
 
     `stage` names the pass that made it. `origin` maps a constant's attribute to the weight's name in the user's model.
-    `regions` holds a Region per sparsecc.linear, by node name.
+    `regions` holds a Region per sparsecc.linear, and per convolution, by node name.
     """
 
     def __init__(self, gm: fx.GraphModule, stage: str = "capture", origin: Mapping[str, str] | None = None) -> None:

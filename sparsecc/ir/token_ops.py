@@ -126,21 +126,22 @@ def mask_tiles_fake(mask: Tensor, kernel: str) -> Tensor:
     return mask.new_empty((*mask.shape[:-2], (S + TILE - 1) // TILE, (Sk + TILE - 1) // TILE), dtype=torch.float32)
 
 
-def _define(name: str, arguments: str, meaning: Any, fake: Any) -> Any:
+def define(name: str, arguments: str, meaning: Any, fake: Any) -> Any:
+    """A further op of the dialect; its last argument is the kernel."""
     LIBRARY.define(f"{name}({arguments}, str kernel) -> Tensor", tags=TAGS)
     LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsecc::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.sparsecc, name).default
 
 
-NORM = _define("norm", "Tensor x, Tensor weight, Tensor? bias, float eps, str kind, str layout", norm, norm_fake)
-GATE = _define("gate", "Tensor a, Tensor b, str activation", gate, gate_fake)
-ROTARY = _define("rotary", "Tensor x, Tensor cos, Tensor sin", rotary, rotary_fake)
-ATTENTION = _define(
+NORM = define("norm", "Tensor x, Tensor weight, Tensor? bias, float eps, str kind, str layout", norm, norm_fake)
+GATE = define("gate", "Tensor a, Tensor b, str activation", gate, gate_fake)
+ROTARY = define("rotary", "Tensor x, Tensor cos, Tensor sin", rotary, rotary_fake)
+ATTENTION = define(
     "attention", "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? tiles, float scale, bool causal", attention, attention_fake
 )
-TOKENS = _define("tokens", "Tensor x", tokens, tokens_fake)
-MASK_TILES = _define("mask_tiles", "Tensor mask", mask_tiles, mask_tiles_fake)
+TOKENS = define("tokens", "Tensor x", tokens, tokens_fake)
+MASK_TILES = define("mask_tiles", "Tensor mask", mask_tiles, mask_tiles_fake)
 """The overloads that stand in graphs."""
 
 MEANINGS: dict[Any, Any] = {NORM: norm, GATE: gate, ROTARY: rotary, ATTENTION: attention, TOKENS: tokens, MASK_TILES: mask_tiles}

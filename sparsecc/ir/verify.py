@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from sparsecc.errors import SparseccError, VerifyError
+from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.ops import ACTIVATIONS, LAYOUTS, LINEAR
 from sparsecc.ir.program import LinearView, Program, get_attr
 from sparsecc.ir.token_ops import DIALECT
@@ -34,6 +35,7 @@ STAGES: dict[str, Stage] = {
     "canonicalize": _GRAPH,
     "select": _GRAPH,
     "propagate": _GRAPH,
+    "convolve": _GRAPH,
     "fuse": _GRAPH,
     "pack": Stage(layouts=("row",), between=False, kernels=False),
     "layout": Stage(kernels=False),
@@ -62,9 +64,11 @@ def verify(program: Program, stage: str | None = None, patterns: bool = False) -
             problem = _stage_problem(node, STAGES.get(stage, ANYTHING)) or _problem(program, node, patterns)
             if problem:
                 raise VerifyError(f"after {stage}: {node.name}: {problem}")
-        elif node.op == "call_function" and node.target in DIALECT:
+        elif node.op == "call_function" and (node.target in DIALECT or node.target in IMAGE_MEANINGS):
             rule = STAGES.get(stage, ANYTHING)
-            if not rule.between:
+            if node.target in IMAGE_MEANINGS and not rule.dialect:
+                raise VerifyError(f"after {stage}: {node.name}: {node.target} is made by convolve")
+            if node.target in DIALECT and not rule.between:
                 raise VerifyError(f"after {stage}: {node.name}: {node.target} is made by layout")
             if rule.kernels is not None and bool(node.args[-1]) != rule.kernels:
                 raise VerifyError(f"after {stage}: {node.name}: {'has no kernel' if rule.kernels else 'has a kernel before lower'}")

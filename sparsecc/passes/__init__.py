@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from sparsecc.passes.canonicalize import Canonicalize
+from sparsecc.passes.convolve import Convolve
 from sparsecc.passes.fuse import Fuse
 from sparsecc.passes.layout import Layout
 from sparsecc.passes.lower import Lower
@@ -14,6 +15,7 @@ PIPELINE: tuple[Pass, ...] = (
     Canonicalize(),  # one op for every linear
     Select(),        # which zeros each weight has, or must have
     Propagate(),     # what they make useless elsewhere
+    Convolve(),      # pictures with sparse convolutions into sequences of pixels
     Fuse(),          # neighbours into the op
     Pack(),          # the fastest storage, or dense where none pays
     Layout(),        # which values stay token-minor

@@ -4,6 +4,7 @@
     y = aten.addmm(b, x, w)      (w [K, N])    -->  the same, with w transposed once, now
     w = aten.mul(weight_orig, weight_mask)     -->  w = const("...weight")
     y = aten.dropout(x, 0.1, False)            -->  x
+    y = aten.batch_norm(aten.conv2d(x, w))     -->  y = aten.convolution(x, w', b'), see `convolution`
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import same_shape
 from sparsecc.ir.program import Program, Rule
 from sparsecc.ir.types import type_of
+from sparsecc.passes.convolution import conv_rules
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -231,4 +233,5 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.alias.default, aten.detach.default, "detach"), _from_alias),
     aten.slice.Tensor: _from_slice,
     operator.getitem: _from_getitem,
+    **conv_rules(fold),
 }

@@ -15,10 +15,22 @@ Kernel = Callable[[Tensor, list[Tensor], Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What a convolution reads: f32[B, channels, *size]; `window` and `pads` as in `sparsecc::patches`."""
+
+    B: int
+    channels: int
+    size: tuple[int, int]
+    window: tuple[int, int, int, int]
+    pads: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
 class Problem:
     """One linear to store and run: its weight [N, K] with zeros in it, the formats that may hold it, and the call around it.
 
-    `tokens`: M to tune for. `x_dtype`: of the activations.
+    `tokens`: M to tune for. `picture`: of what it is a convolution, if it is one: then some format is chosen, its dense code is in
+    `formats`, and the dense code to compare with is torch's convolution.
     """
 
     name: str
@@ -27,6 +39,7 @@ class Problem:
     tokens: int
     epilogue: str
     residual: bool
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,18 @@ class Between(Protocol):
 
     def mask_tiles(self, rows: bool) -> tuple[str, Any]:
         """Key and code of `sparsecc.mask_tiles`."""
+        ...
+
+    def window(self, kind: str, window: Sequence[int], epilogue: str) -> tuple[str, Any]:
+        """Key and code of `sparsecc.depthwise`, or `sparsecc.patches`."""
+        ...
+
+    def depthwise_times(self, picture: Picture, epilogue: str) -> tuple[float | None, float | None]:
+        """Microseconds of that code and of torch's convolution, if they were measured."""
+        ...
+
+    def pool(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.pool`."""
         ...
 
     def attention_pays(self, problem: Attention) -> bool:

@@ -24,6 +24,7 @@ from torch import fx
 
 from sparsecc.formats import ANY, Block, Cols, Pattern
 from sparsecc.ir.effects import mutates
+from sparsecc.ir.image_ops import DEPTHWISE
 from sparsecc.ir.infer import same_shape
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program, Region, Rule
@@ -84,7 +85,11 @@ def _single(node: Any) -> LinearView | None:
 
 def _activation(program: Program, node: fx.Node) -> fx.Node | None:
     """gelu(linear(...)) --> linear(..., epilogue="gelu"); it stays where the linear is, so no read moves"""
-    name, view = activation_name(node), _single(node.args[0] if node.args else node.kwargs.get("input"))
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    name, view = activation_name(node), _single(source)
+    if name is not None and isinstance(source, fx.Node) and source.target is DEPTHWISE and len(source.users) == 1 and not source.args[6]:
+        source.update_arg(6, name)
+        return source
     if view is None or view.epilogue or name is None:
         return None
     view.replace(epilogue=name)
@@ -94,6 +99,9 @@ def _activation(program: Program, node: fx.Node) -> fx.Node | None:
 def activation_name(node: fx.Node) -> str | None:
     """The key in `ACTIVATIONS` of a node whose target is in `ACTIVATION_TARGETS`."""
     name = ACTIVATION_TARGETS[node.target]
+    if name == "hardtanh":
+        low, high = (*node.args[1:3], *(node.kwargs.get(key, default) for key, default in (("min_val", -1), ("max_val", 1))))[:2]
+        return "relu6" if (low, high) == (0, 6) else None
     if name != "gelu":
         return name
     approximate = node.args[1] if len(node.args) > 1 else node.kwargs.get("approximate", "none")
@@ -142,6 +150,9 @@ ACTIVATION_TARGETS: dict[Any, str] = {
     **dict.fromkeys((aten.relu.default, F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((aten.gelu.default, F.gelu), "gelu"),
     **dict.fromkeys((aten.silu.default, F.silu), "silu"),
+    **dict.fromkeys((aten.relu6.default, F.relu6), "relu6"),
+    **dict.fromkeys((aten.hardtanh.default, F.hardtanh), "hardtanh"),
+    **dict.fromkeys((aten.hardswish.default, F.hardswish), "hardswish"),
 }
 ADDS: tuple[Any, ...] = (aten.add.Tensor, operator.add, operator.iadd, torch.add, "add", "add_")
 BIAS_RULES: dict[Any, Rule] = dict.fromkeys(ADDS, _bias)

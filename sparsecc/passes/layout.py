@@ -18,12 +18,14 @@ from typing import Any
 
 from torch import fx
 
+from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.passes.attention import SDPA, is_causal, key_heads, mask_of
 from sparsecc.passes.between import sites
 from sparsecc.passes.context import Attention, Context
 from sparsecc.passes.lower import hides
+from sparsecc.passes.pictures import return_slower
 from sparsecc.passes.site import Maker, Site, has_tokens, root
 
 
@@ -42,6 +44,8 @@ class Layout:
     def run(self, program: Program, context: Any = None) -> None:
         if isinstance(context, Context) and context.tuner is not None and context.tuner.between is None:
             return
+        if isinstance(context, Context) and context.tuner is not None:
+            return_slower(program, context.tuner)
         plan = _Plan.of(program)
         plan.settle()
         slower = [site for site in plan.sites.values() if site.node.target is SDPA and not _attention_pays(site.node, context)]
@@ -113,6 +117,8 @@ class _Plan:
     def _reads_tokens(self, value: fx.Node, user: fx.Node) -> bool:
         if user in self.owner:
             return value in self.owner[user].reads
+        if user.target in IMAGE_MEANINGS:
+            return True
         if user not in self.linears:
             return False
         view = LinearView(user)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.ir.image_ops import DEPTHWISE, PATCHES, POOL
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
@@ -29,6 +30,8 @@ ATEN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "gelu": (aten.gelu.default, {}),
     "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
     "silu": (aten.silu.default, {}),
+    "relu6": (aten.hardtanh.default, {"min_val": 0.0, "max_val": 6.0}),
+    "hardswish": (aten.hardswish.default, {}),
 }
 
 
@@ -70,6 +73,9 @@ BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
     ATTENTION: lambda between, node: between.attention(_head_size(node), "causal" if node.args[6] else hides(node.args[3])),
     TOKENS: lambda between, node: between.tokens(),
     MASK_TILES: lambda between, node: between.mask_tiles(hides(node.args[0]) == "rows"),
+    DEPTHWISE: lambda between, node: between.window("depthwise", node.args[4], node.args[6]),
+    PATCHES: lambda between, node: between.window("patches", node.args[2], ""),
+    POOL: lambda between, node: between.pool(),
 }
 """The kernels of what stands between linears, and the keys by which programs name them."""
 

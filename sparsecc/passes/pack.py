@@ -3,7 +3,8 @@
     y = linear(x, [w], terms="f32[N, K] % block(4, 1)")
       -->  y = linear(x, [ptr, idx, val], terms="f32[N, K] % block(4, 1) @ bsr(4, 1)")
 
-The tuner measures the formats that can hold the pattern against the dense code. What loses keeps its dense weight.
+The tuner measures the formats that can hold the pattern against the dense code. What loses keeps its dense weight. A linear that is a
+convolution on a sequence of pixels is packed in any case, dense if that is fastest: its neighbours want the layout.
 """
 from __future__ import annotations
 
@@ -12,15 +13,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from sparsecc.codegen.kernel import FEW
 from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Dense, Format, Panels, Pattern, Sell, Shared
 from sparsecc.formats.codec import Raw
 from sparsecc.formats.level import NM as NMLevel
+from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
 from sparsecc.ir.infer import value_of
+from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program, Region, Rule
-from sparsecc.passes.context import Choice, Context, Problem
+from sparsecc.passes.context import Choice, Context, Picture, Problem
+from sparsecc.passes.fuse import ACTIVATION_TARGETS, ADDS
+
+aten = torch.ops.aten
 
 BITMAP_FROM = 0.25
 """Above this density one bit per entry costs less than an index per nonzero."""
@@ -31,6 +38,10 @@ SMALLER_FROM = 1 / 16
 SLICED = Format(Sell(4, 64), swizzle=Panels(192))
 """Nonzeros for many tokens. Every multiply-add loads a vector of x: 192 columns of 64 tokens are what a first-level cache holds, and
 four rows at once keep enough of them under way."""
+
+
+PLANES = (Format(Sell(2, 64), swizzle=Panels(128)), Format(Sell(2, 64)))
+"""Nonzeros of convolutions, besides: a plane's tokens are far from the next plane's, and fewer of them at once stay in reach."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +60,29 @@ class Pack:
         if not isinstance(context, Context) or context.tuner is None:
             return
         for view in program.linears():
-            if view.plain and view.terms[0].pattern != ANY and program.is_const(view.params[0]):
-                _pack(program, view, context)
+            if view.plain and program.is_const(view.params[0]):
+                picture = picture_of(view) if context.tuner.between is not None else None
+                if view.terms[0].pattern != ANY or picture is not None:
+                    _pack(program, view, context, picture)
 
 
-def _pack(program: Program, view: LinearView, context: Context) -> None:
+def _pack(program: Program, view: LinearView, context: Context, picture: Picture | None) -> None:
     assert context.tuner is not None
     weight, pattern, region = program.const(view.params[0]), view.terms[0].zeros, program.region(view.node)
     name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
     rule = context.spec.rule_for(name)
     tokens = tokens_of(view.x)
-    formats = context.tuner.formats(pattern, weight, rule.codec, tokens, rule.compute)
+    formats = context.tuner.formats(pattern, weight, rule.codec, tokens, rule.compute) if pattern != ANY else []
+    if picture is not None:
+        formats += [replace(fmt, codec=formats[0].codec) for fmt in PLANES if SLICED.level in {f.level for f in formats}]
+        formats.append(Format(Dense(), (4, 1)))
     kept = [fmt for fmt in formats if fmt.refuses(weight) is None]
     region.more |= {"m": tokens, "shape": tuple(weight.shape), "zeros": 1 - int(weight.count_nonzero()) / max(1, weight.numel()),
                     "dense_bytes": weight.numel() * weight.element_size()}
     if not kept or tokens == 0:
         region.reason = "no tokens" if kept else f"no format holds it: {formats[0].refuses(weight)}"
         return
-    choice = context.tuner.choose(Problem(name, weight, tuple(kept), tokens, view.epilogue, view.residual is not None))
+    choice = context.tuner.choose(Problem(name, weight, tuple(kept), tokens, view.epilogue, view.residual is not None, picture))
     _note(region, choice)
     if choice.format is None:
         return
@@ -75,6 +91,41 @@ def _pack(program: Program, view: LinearView, context: Context) -> None:
     params = [program.add_const(f"{hint}_{part}", array, program.weight_name(view.params[0])) for part, array in arrays.items()]
     region.bytes = sum(array.numel() * array.element_size() for array in arrays.values())
     view.replace(params=params, terms=(view.terms[0].with_(format=choice.format),))
+
+
+def picture_of(view: LinearView) -> Picture | None:
+    """What the linear is a convolution of, None if it is none: then its input comes from no pictures."""
+    x = view.x
+    if not of_pictures(x):
+        return None
+    if x.target is PATCHES:
+        source, size, window, pads = x.args[:4]
+        B, _, C = value_of(source).shape  # type: ignore[arg-type]
+        return Picture(_hint(B), int(C), tuple(size), tuple(window), tuple(pads))  # type: ignore[arg-type]
+    B, S, C = value_of(x).shape
+    side = math.isqrt(int(S))
+    return Picture(_hint(B), int(C), (side, side) if side * side == S else (int(S), 1), (1, 1, 1, 1), (0, 0, 0, 0))
+
+
+def of_pictures(node: fx.Node) -> bool:
+    """Whether a value is a sequence of pixels, which its neighbours want token-minor."""
+    if node.target in (DEPTHWISE, PATCHES):
+        return True
+    if is_entry(node):
+        return True
+    if node.target is LINEAR or node.target in ACTIVATION_TARGETS or node.target in ADDS:
+        return any(of_pictures(i) for i in node.all_input_nodes if i.op != "get_attr")
+    return False
+
+
+def is_entry(node: fx.Node) -> bool:
+    """Whether it is the sequence of a picture's pixels, as convolve makes it."""
+    source = node.args[0] if node.target is aten.transpose.int else None
+    return isinstance(source, fx.Node) and source.target is aten.flatten.using_ints and value_of(source.args[0]).ndim == 4  # type: ignore[arg-type]
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
 def formats_for(pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None = None) -> list[Format]:

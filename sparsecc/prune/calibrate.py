@@ -60,6 +60,8 @@ def input_norms(
     def watch(names: tuple[str, ...]) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
+            if isinstance(module, nn.Conv2d):  # a channel's norm serves all taps of the window
+                x = x.movedim(1, -1).repeat_interleave(module.weight[0, 0].numel(), -1)
             x = x.detach().reshape(-1, x.shape[-1]).float()
             totals[names] = totals.get(names, 0) + x.square().sum(0, dtype=torch.float64).cpu()
             counts[names] += x.shape[0]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsecc.errors import SpecError
 from sparsecc.formats import Channels, Heads, Pattern
+from sparsecc.names import LINEARS
 from sparsecc.prune.budget import Budget
 from sparsecc.prune.calibrate import Loss, input_norms
 from sparsecc.prune.groups import Coupled
@@ -22,7 +23,7 @@ from sparsecc.spec import SparsitySpec, SpecLike
 Criterion = Literal["magnitude", "wanda", "l1", "l2", "taylor", "cfsp"]
 _CRITERIA = ("magnitude", "wanda", "l1", "l2", "taylor", "cfsp")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-"""What channels may be named on; every other pattern is for nn.Linear."""
+"""What channels may be named on; every other pattern is for linears and convolutions."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def prune(
                norms are taken on the dense model in one pass over it, in eval mode.
     For blocks the score is the sum over the block.
 
+    A convolution's weight is a matrix [out, in * kh * kw], so blocks span output channels. A pattern for all weights means linears and
+    1 x 1 convolutions; larger ones are pruned where the spec names them, grouped and dilated ones never.
+
     `channels(...)` and `heads(...)` remove whole channels of linears, convolutions and embeddings, or whole attention heads, with what is
     coupled to them: it is found by following the model on `example_inputs` (by default the first of `calibration`), or given as `groups`.
     Scores are those of `criteria.py`: magnitude (= l1), l2, taylor (with `loss`), cfsp. A `budget` decides how many leave where.
@@ -97,10 +101,10 @@ def prune(
     with torch.no_grad():
         for target in alone:
             weight, before = target.weight, density(target.weight)
-            score = weight.detach().abs().float()
+            score = weight.detach().abs().float().flatten(1)
             score = score * norms[target.names].to(score) if target.names in norms else score.square() if criterion == "l2" else score
             mask = target.pattern.topk_mask(score, per_row=criterion == "wanda")
-            weight.masked_fill_(~mask, 0)
+            weight.masked_fill_(~mask.view(weight.shape), 0)
             rows.append(PruneRow(target.names, str(target.pattern), before, density(weight)))
     rows += remove(model, removals)
     changed = {name for row in rows for name in row.names}
@@ -110,7 +114,7 @@ def prune(
 def _targets(model: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...]) -> tuple[list[_Target], dict[str, str]]:
     """The weights to prune, all checked, and the layers left alone with the reason."""
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _LAYERS)}
-    linears = {name for name, m in layers.items() if isinstance(m, nn.Linear)}
+    linears = {name for name, m in layers.items() if isinstance(m, LINEARS)}
     spec.check_globs([name for name in layers if name in linears or isinstance(spec.rule_for(name).pattern, Channels | Heads)])
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, _Target] = {}
@@ -121,6 +125,8 @@ def _targets(model: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...]) -> 
             continue
         if rule.mode == "require" and rule.pattern is not None:
             reason = _exempt(name, module, spec, exclude, embeddings)
+            if not isinstance(rule.pattern, Channels | Heads):
+                reason = reason or _unfit(name, module, spec)
         else:
             reason = "dense in the spec" if rule.mode == "dense" else "the spec names no pattern for it"
         if reason or rule.pattern is None:
@@ -135,6 +141,16 @@ def _targets(model: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...]) -> 
     if not found:
         raise SpecError(f"nothing to prune: {spec} names no pattern for any of the model's {len(linears)} linear weights")
     return list(found.values()), skipped
+
+
+def _unfit(name: str, module: nn.Module, spec: SparsitySpec) -> str:
+    """Why a convolution's entries are not pruned."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return ""
+    if not isinstance(module, nn.Conv2d) or module.groups > 1 or set(module.dilation) != {1}:
+        return "grouped, dilated, transposed, 1d and 3d convolutions stay dense"
+    small = set(module.kernel_size) == {1}
+    return "" if small or spec.names(name) else "larger than 1 x 1: name it in the spec to include it"
 
 
 def _exempt(name: str, module: nn.Module, spec: SparsitySpec, exclude: tuple[str, ...], embeddings: set[int]) -> str:

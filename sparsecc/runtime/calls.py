@@ -13,8 +13,9 @@ from torch import Tensor
 from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import FEW
 from sparsecc.formats import Format
-from sparsecc.ir.ops import ACTIVATIONS
-from sparsecc.passes.context import Problem, Tuner
+from sparsecc.ir.image_ops import out_size
+from sparsecc.ir.ops import ACTIVATIONS, empty_output
+from sparsecc.passes.context import Picture, Problem, Tuner
 
 FOOTPRINT, COPIES = 128 << 20, 64
 """Bytes of copies of a weight that is timed with a few tokens on a CPU, and how many copies at most."""
@@ -66,3 +67,90 @@ class Call:
         """float64."""
         y = self.act(F.linear(self.x.double(), self.problem.weight.double(), self.bias.double()))
         return y if self.res is None else y + self.res.double()
+
+
+class PictureCall(Call):
+    """A convolution of one picture for each thread, at most the problem's: as torch runs it on channels-last pictures, and as a candidate
+    does on planes, with the patches made that it needs."""
+
+    def __init__(self, problem: Problem, picture: Picture) -> None:
+        self.problem, self.picture = problem, picture
+        weight, random = problem.weight, torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+        B, C, (H, W) = max(1, min(picture.B, torch.get_num_threads())), picture.channels, picture.size
+        self.x, self.bias = draw(B, C, H, W), draw(weight.shape[0])
+        self.kernel = weight.view(weight.shape[0], C, *picture.window[:2])
+        OH, OW = out_size(picture.size, picture.window, picture.pads)
+        self.res = draw(B, weight.shape[0], OH, OW) if problem.residual else None
+        self.act, self.rounding = ACTIVATIONS[problem.epilogue].fn, 1e-2 if any(str(fmt.codec) != "f32" for fmt in problem.formats) else 0.0
+
+    def dense(self) -> Callable[[], Tensor]:
+        """torch's own code."""
+        last = lambda t: t.contiguous(memory_format=torch.channels_last)  # noqa: E731
+        x, kernel, res = last(self.x), last(self.kernel), None if self.res is None else last(self.res)
+        return lambda: self._convolution(x, kernel, self.bias, res)
+
+    def candidate(self, tuner: Any, fmt: Format, config: Any) -> Callable[[], Tensor]:
+        """A kernel on the packed weight, between token-minor values."""
+        weight, p = self.problem.weight, self.picture
+        shape = (weight.shape[0], weight.shape[1])
+        _, kernel = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, "token", shape, to_text(config))
+        arrays = list(fmt.pack(weight).values())
+        x, res = _pixels(self.x), None if self.res is None else _pixels(self.res)
+        if p.window == (1, 1, 1, 1) and not any(p.pads):
+            return lambda: kernel(x, arrays, self.bias, res)
+        _, patches = tuner.window("patches", p.window, "")
+        return lambda: kernel(patches(x, p.size, p.window, p.pads), arrays, self.bias, res)
+
+    def reference(self) -> Tensor:
+        """float64, as a sequence of pixels."""
+        res = None if self.res is None else self.res.double()
+        return self._convolution(self.x.double(), self.kernel.double(), self.bias.double(), res).flatten(2).transpose(1, 2)
+
+    def _convolution(self, x: Tensor, kernel: Tensor, bias: Tensor, res: Tensor | None) -> Tensor:
+        y = self.act(_convolution(self.picture, x, kernel, bias))
+        return y if res is None else y + res
+
+
+class DepthwiseCall:
+    """A window for every channel, as torch runs it on channels-last pictures, and as a kernel does on planes."""
+
+    def __init__(self, picture: Picture, epilogue: str) -> None:
+        self.picture, self.epilogue, random = picture, epilogue, torch.Generator().manual_seed(0)
+        B, C = max(1, min(picture.B, torch.get_num_threads())), picture.channels
+        self.x, self.bias = torch.randn(B, C, *picture.size, generator=random), torch.randn(C, generator=random)
+        self.weight = torch.randn(C, *picture.window[:2], generator=random)
+
+    def dense(self) -> Callable[[], Tensor]:
+        """torch's own code."""
+        x = self.x.contiguous(memory_format=torch.channels_last)
+        return lambda: self._convolution(x, self.weight, self.bias)
+
+    def candidate(self, tuner: Any) -> Callable[[], Tensor]:
+        """The kernel."""
+        p, x = self.picture, _pixels(self.x)
+        _, kernel = tuner.window("depthwise", p.window, self.epilogue)
+        return lambda: kernel(x, self.weight, self.bias, p.size, p.window, p.pads)
+
+    def reference(self) -> Tensor:
+        """float64, as a sequence of pixels."""
+        return self._convolution(self.x.double(), self.weight.double(), self.bias.double()).flatten(2).transpose(1, 2)
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ACTIVATIONS[self.epilogue].fn(_convolution(self.picture, x, weight[:, None], bias, len(bias)))
+
+
+def _convolution(picture: Picture, x: Tensor, kernel: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
+    """torch's, of a padded picture."""
+    top, left, bottom, right = picture.pads
+    even = (top, left) == (bottom, right)
+    x = x if even else F.pad(x, (left, right, top, bottom))
+    return F.conv2d(x, kernel, bias, picture.window[2:], (top, left) if even else 0, groups=groups)
+
+
+def _pixels(picture: Tensor) -> Tensor:
+    """The token-minor sequence; what is behind its last pixel is zero, as kernels leave it."""
+    flat = picture.flatten(2).transpose(1, 2)
+    y = empty_output(flat, flat.shape[-1], "token")
+    torch.as_strided(y, (y.untyped_storage().nbytes() // 4,), (1,)).zero_()
+    return y.copy_(flat)

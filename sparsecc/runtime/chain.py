@@ -20,16 +20,17 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsecc.codegen.tvm.tiles import SPAN
-from sparsecc.ir import ops, token_ops
+from sparsecc.ir import image_ops, ops, token_ops
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LIBRARY, LINEAR, empty_output
 from sparsecc.ir.program import Program, get_attr, make_module
 from sparsecc.ir.token_ops import layout_of
+from sparsecc.runtime.bands import Band, bands
 from sparsecc.runtime.record import NotAView, Pool, Recorder, Replay
 
 aten = torch.ops.aten
-KINDS: dict[Any, Any] = {LINEAR: ops.linear, **token_ops.MEANINGS}
+KINDS: dict[Any, Any] = {LINEAR: ops.linear, **token_ops.MEANINGS, **image_ops.IMAGE_MEANINGS}
 """Ops that kernels run, and what to call without the dispatcher."""
 VIEWS = {
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor,
@@ -113,7 +114,8 @@ class Batch:
             return None  # code that lower has just written
         values = [value_of(node) for node in (*tensors, *nodes)]
         first = [str(t.shape[0]) for t in values[: len(tensors)] if t.ndim > 2 and isinstance(t.shape[0], torch.SymInt)]
-        leading = [str(t.shape[0]) if t.ndim > 2 else "" for t in values if isinstance(t, Tensor)]
+        pooled = {id(value_of(node)) for node in nodes if node.target is image_ops.POOL}
+        leading = [str(t.shape[0]) if t.ndim > 2 or id(t) in pooled else "" for t in values if isinstance(t, Tensor)]
         texts = [str(value_of(size)) for size in sizes]
         if not first or not all(text in (first[0], "1") for text in leading) or any(first[0] in text != first[0] for text in texts):
             return None
@@ -156,7 +158,8 @@ class Result:
             for d, size in enumerate(getattr(value_of(tensor), "shape", ())):
                 known.setdefault(str(size), (t, d))
         sizes = [size if isinstance(size, int) else known.get(str(size)) for size in getattr(value, "shape", (None,))]
-        return None if None in sizes else Result(value.dtype, layout_of(node.target, node.args), tuple(sizes))  # type: ignore[arg-type]
+        layout = "row" if node.target is image_ops.POOL else layout_of(node.target, node.args)
+        return None if None in sizes else Result(value.dtype, layout, tuple(sizes))  # type: ignore[arg-type]
 
     def fake(self, tensors: Sequence[Tensor]) -> Tensor:
         """Shape, dtype and strides."""
@@ -171,11 +174,30 @@ class _Run(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, recorder: Recorder | None) -> None:
         super().__init__(gm)
         self.recorder, self.results = recorder, set(gm.graph.output_node().all_input_nodes)
+        self.bands = {} if recorder is None else bands(gm.graph.nodes, self.results)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n in self.bands:
+            return self._run_band(self.bands[n])
         if self.recorder is not None:
             self.recorder.result = n in self.results
         return super().run_node(n)
+
+    def _run_band(self, band: Band) -> None:
+        """All of its kernels: their nodes count as run, and what only they read is let go."""
+        if self.recorder is not None and self.recorder.spanned:
+            raise NotAView("pictures lie in planes")
+        nodes, last = [step.node for step in band.steps], band.steps[-1].node
+        env = dict(self.env)
+        for node in {i for n in nodes for i in n.all_input_nodes if i.op == "get_attr"}:
+            env[node] = self.get_attr(node.target, (), {})
+        value = band.run(env, self.recorder, last in self.results)
+        for node in nodes:
+            self.env[node] = None
+            for gone in self.user_to_last_uses.get(node, ()):
+                self.env.pop(gone, None)
+                self.env[gone] = None
+        self.env[last] = value
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.fake = any(isinstance(a, FakeTensor) for a in args)
@@ -311,6 +333,8 @@ def _link(program: Program, nodes: list[fx.Node]) -> Chain:
     sizes = [i for i in outer if isinstance(value_of(i), int | torch.SymInt)]
     tensors = [i for i in outer if i not in sizes and i not in fixed]
     values = {node: graph.placeholder(node.name) for node in (*tensors, *sizes)}
+    for node, placeholder in values.items():
+        placeholder.meta["val"] = value_of(node)
     values |= {node: graph.get_attr(str(node.target)) for node in fixed}
     for node in nodes:
         values[node] = graph.node_copy(node, values.__getitem__)

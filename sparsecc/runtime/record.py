@@ -74,7 +74,8 @@ class Recorder(TorchDispatchMode):
 
     With `spanned`, token-minor results lie in spans (see codegen/tvm/tiles.py). No stride says so: such a tensor is only right about its
     first span, serves as address, sizes and other strides, and is known by its storage. `spans` has the distance of its spans.
-    While `result` is set, kernels write what the caller gets: memory of its own, and what its strides say.
+    While `result` is set, kernels write what the caller gets: memory of its own, and what its strides say. The next token-minor result
+    is `into`, where that is given.
     """
 
     pool: Pool
@@ -83,6 +84,7 @@ class Recorder(TorchDispatchMode):
     foreign: str = ""
     result: bool = False
     spans: dict[int, int] = field(default_factory=dict)
+    into: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -133,6 +135,15 @@ def output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same for what a kernel returns."""
     recorder = RECORDERS.recorder
     return torch.empty(shape, dtype=dtype) if recorder is not None and recorder.result else empty(*shape, dtype=dtype)
+
+
+def given_output() -> Tensor | None:
+    """Where the next token-minor result is to go, if that was said; once."""
+    recorder = getattr(_LOCAL, "recorder", None)
+    into = None if recorder is None else recorder.into
+    if into is not None:
+        recorder.into = None
+    return into
 
 
 def spanned() -> bool:

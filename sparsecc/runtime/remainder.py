@@ -112,8 +112,23 @@ def _inductor(program: Program) -> Callable[..., Sequence[Any]]:
     with torch.no_grad(), tracing(TracingContext(mode)):
         compiled: Any = compile_fx(copy.gm, fakes)
 
+    formats = [_format(fake) for fake in fakes]
+
     def run(*inputs: Any) -> Sequence[Any]:
         with torch.no_grad():
-            return compiled(*inputs)
+            return compiled(*(_as(t, wanted) for t, wanted in zip(inputs, formats, strict=True)))
 
     return run
+
+
+def _format(fake: Any) -> torch.memory_format | None:
+    """How the captured input lay; None where it is neither rows nor channels-last pictures."""
+    if not isinstance(fake, torch.Tensor):
+        return None
+    known = (torch.contiguous_format, torch.channels_last)
+    return next((f for f in known if (f != torch.channels_last or fake.ndim == 4) and fake.is_contiguous(memory_format=f)), None)
+
+
+def _as(value: Any, wanted: torch.memory_format | None) -> Any:
+    """The input as it was captured: Inductor's code has its strides."""
+    return value if wanted is None or value.is_contiguous(memory_format=wanted) else value.contiguous(memory_format=wanted)

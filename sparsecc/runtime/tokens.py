@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.tiles import SPAN
 from sparsecc.ir.ops import TOKEN_TILE, token_storage
-from sparsecc.runtime.record import call, empty, output, set_span, span_of, spanned
+from sparsecc.runtime.record import call, empty, given_output, output, set_span, span_of, spanned
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,10 @@ def walk(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def token_output(features: int, lead: Sequence[int]) -> Tensor:
-    """A fresh token-minor [*lead, N]."""
+    """A fresh token-minor [*lead, N], or the memory that was given for it."""
+    into = given_output()
+    if into is not None:
+        return into
     if spanned():
         made = in_spans(math.prod(lead[:-1]), lead[-1] if lead else 1, features)
         set_span(made.tensor, features * made.by_feature)

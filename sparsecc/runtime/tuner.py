@@ -20,13 +20,14 @@ from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec, Regime
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
 from sparsecc.codegen.tvm.half import dot_of
+from sparsecc.codegen.tvm.image import WindowSpec
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, Pattern, Shared
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
 from sparsecc.ir.token_ops import mask_tiles
-from sparsecc.passes.context import Attention, Choice, Problem
+from sparsecc.passes.context import Attention, Choice, Picture, Problem
 from sparsecc.passes.pack import formats_for
 from sparsecc.runtime.between import (
     AttentionKernel,
@@ -39,12 +40,16 @@ from sparsecc.runtime.between import (
     TilesKernel,
     TokensKernel,
 )  # fmt: skip
-from sparsecc.runtime.calls import Call
+from sparsecc.runtime.calls import Call, DepthwiseCall, PictureCall
+from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
 from sparsecc.runtime.remainder import settle
 
 TOLERANCE = 2e-5
 """Largest error of a candidate, as a fraction of the largest output: float32 accumulation in another order."""
+
+PICTURES_TOP = 6
+"""How many candidates a convolution has with "quick" effort: it is tuned as it is run, token-minor, and its dense code is among them."""
 
 WINS_BY = 0.97
 """A candidate replaces dense code only if it takes at most this fraction of its time: below that, noise decides."""
@@ -123,6 +128,32 @@ class CpuTuner:
         """The key that stands in the program, and the kernel."""
         return self._named(f"mask tiles {'rows' if rows else 'keys'}"), TilesKernel(self.backend, rows)
 
+    def window(self, kind: str, window: Sequence[int], epilogue: str) -> tuple[str, DepthwiseKernel | PatchesKernel]:
+        """The key that stands in the program, and the kernel, of "depthwise" or "patches"."""
+        spec = WindowSpec(kind, (window[0], window[1]), (window[2], window[3]), epilogue)
+        return self._named(spec), (DepthwiseKernel if kind == "depthwise" else PatchesKernel)(self.backend, spec)
+
+    def depthwise_times(self, picture: Picture, epilogue: str) -> tuple[float | None, float | None]:
+        """Microseconds of the kernel and of torch's, from the cache if this was measured before; None where nothing is."""
+        if self.effort == "none":
+            return None, None
+        machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
+        key = f"depthwise {picture} {epilogue} {hashlib.sha256(machine.encode()).hexdigest()[:16]}"
+        found = self.cache.get(key)
+        if found is None:
+            call = DepthwiseCall(picture, epilogue)
+            entrant = Candidate("planes", 0.0, lambda: call.candidate(self))
+            results = contest(Candidate("dense", 1.0, call.dense), [entrant], call.reference, TOLERANCE, self.effort, self._deadline)
+            found = {"results": [vars(r) for r in results]}
+            if not any(_failed(r) for r in results):
+                self.cache.put(key, found)
+        times = {r["name"]: 1e6 * r["seconds"] for r in found["results"] if r["seconds"] is not None}
+        return times.get("planes"), times.get("dense")
+
+    def pool(self) -> tuple[str, PoolKernel]:
+        """The key that stands in the program, and the kernel."""
+        return self._named("pool"), PoolKernel(self.backend)
+
     def _named(self, what: object) -> str:
         return f"cpu:{self.backend.isa.name} {what}"
 
@@ -166,7 +197,7 @@ class CpuTuner:
         return "many" if regime == "few" and not serves_few(fmt, self.backend.isa) else regime
 
     def contest(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> list[Result]:
-        call = Call(problem)
+        call = Call(problem) if problem.picture is None else PictureCall(problem, problem.picture)
         machine = Machine.measured(torch.get_num_threads())
         N, K = problem.weight.shape
         tokens = problem.tokens
@@ -182,8 +213,9 @@ class CpuTuner:
             entrants.append(Candidate(name, predict(stored, tokens, machine, factors) * (1 + 1e-3 * rank),
                                       lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))  # fmt: skip
         dense = Candidate("dense", dense_time, call.dense)
+        top = PICTURES_TOP if problem.picture and self.effort == "quick" else None
         try:
-            return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, race=undisturbed)
+            return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, top, undisturbed)
         finally:
             self._kernels.clear()  # they remember the copies of the weight that they were timed with
 
@@ -202,6 +234,9 @@ class CpuTuner:
             wins, by, how = sparse.seconds <= WINS_BY * dense.seconds, dense.seconds / sparse.seconds, "measured"
         else:
             wins, by, how = sparse.predicted < dense.predicted, dense.predicted / sparse.predicted, "predicted"
+        if problem.picture is not None:
+            reason = f"{by:.2f}x torch's convolution, {how}"
+            return Choice(fmt, to_text(config), sparse.predicted, sparse.seconds, dense.seconds, even, reason, times)
         at = "" if even is None else f"; break-even at {even:.0%} zeros"
         if wins:
             return Choice(fmt, to_text(config), sparse.predicted, sparse.seconds, dense.seconds, even, f"{by:.2f}x dense, {how}{at}", times)
@@ -215,7 +250,7 @@ class CpuTuner:
         machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
         digest = hashlib.sha256(f"{list(candidates)} {machine} {self.effort}".encode()).hexdigest()[:16]
         tokens = problem.tokens if problem.tokens <= 2 else 2 ** math.ceil(math.log2(problem.tokens))
-        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}"
+        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}{problem.picture or ''}"
         return f"{N}x{K} {problem.weight.dtype} M={tokens} kept={density / 50:.2f} {call} {digest}"
 
 

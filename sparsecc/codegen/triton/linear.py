@@ -194,5 +194,7 @@ ACTIVATION = {
     "gelu": "0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))",
     "gelu_tanh": "acc / (1.0 + tl.exp(-1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)))",
     "silu": "acc / (1.0 + tl.exp(-acc))",
+    "relu6": "tl.where(acc < 0, 0.0, tl.where(acc > 6, 6.0, acc))",
+    "hardswish": "acc * tl.where(acc < -3, 0.0, tl.where(acc > 3, 6.0, acc + 3)) * (1.0 / 6.0)",
 }
 """The epilogues in float32."""

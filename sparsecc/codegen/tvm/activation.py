@@ -27,9 +27,13 @@ def write_activation(w: Writer, name: str, values: Sequence[str], lanes: int) ->
     step = _Steps(w, lanes)
     c = step.constant
     if name == "relu":
-        choose = "T.if_then_else" if lanes == 1 else "T.Select"
-        return [f"{choose}({v} < {c(0.0)}, {c(0.0)}, {v})" for v in values]  # NaN stays NaN
+        return [step.atleast(v, 0.0) for v in values]
+    if name == "relu6":
+        return [step.atmost(v, 6.0) for v in step("v", [step.atleast(v, 0.0) for v in values])]
     vs = step("v", values)
+    if name == "hardswish":
+        bounded = step("b", [step.atmost(b, 6.0) for b in step("b", [step.atleast(f"({v} + {c(3.0)})", 0.0) for v in vs])])
+        return [f"{v} * {b} * {c(1 / 6)}" for v, b in zip(vs, bounded, strict=True)]
     if name == "silu":
         return [f"{v} / ({c(1.0)} + {e})" for v, e in zip(vs, step.exp([f"{c(0.0)} - {v}" for v in vs]), strict=True)]
     if name == "gelu_tanh":  # 0.5 (1 + tanh(u/2)) = 1 / (1 + exp(-u))
@@ -63,6 +67,14 @@ class _Steps:
 
     def constant(self, value: float) -> str:
         return constant(value, self.lanes)
+
+    def atleast(self, value: str, bound: float) -> str:
+        """The larger one; NaN stays NaN."""
+        return f"{'T.if_then_else' if self.lanes == 1 else 'T.Select'}({value} < {self.constant(bound)}, {self.constant(bound)}, {value})"
+
+    def atmost(self, value: str, bound: float) -> str:
+        """The smaller one; NaN stays NaN."""
+        return f"{'T.if_then_else' if self.lanes == 1 else 'T.Select'}({value} > {self.constant(bound)}, {self.constant(bound)}, {value})"
 
     def horner(self, coefficients: Sequence[float], at: Sequence[str]) -> list[str]:
         """The polynomial of each value, lowest coefficient first."""
