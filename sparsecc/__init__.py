@@ -8,6 +8,7 @@ from sparsecc.errors import (
     CheckpointError,
     FormatError,
     PatternViolation,
+    SelectionError,
     ShapeError,
     SparseccError,
     SpecError,
@@ -18,11 +19,13 @@ from sparsecc.errors import (
 from sparsecc.formats import ANY, block, channels, cols, heads, nm, rows, unstructured
 from sparsecc.prune import Coupled, PruneReport, flops, latency, prune, slicegpt
 from sparsecc.runtime.module import CompiledModule
+from sparsecc.skipping import Neurons, Tokens, ftp, neurons
 from sparsecc.spec import SparsitySpec, options
 
 __version__ = "0.1.0"
 __all__ = [
-    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Coupled", "FormatError", "PatternViolation", "PruneReport", "ShapeError",
-    "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "VerifyError", "block", "channels", "cols", "compile",
-    "flops", "heads", "latency", "nm", "options", "prune", "rows", "slicegpt", "unstructured",
+    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Coupled", "FormatError", "Neurons", "PatternViolation", "PruneReport",
+    "SelectionError", "ShapeError", "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "Tokens", "VerifyError",
+    "block", "channels", "cols", "compile", "flops", "ftp", "heads", "latency", "neurons", "nm", "options", "prune", "rows", "slicegpt",
+    "unstructured",
 ]

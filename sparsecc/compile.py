@@ -20,6 +20,7 @@ from sparsecc.explain import Explanation
 from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import Program
+from sparsecc.ir.skip_ops import NEURONS, REQUEST, SCATTER
 from sparsecc.ir.text import print_program
 from sparsecc.ir.token_ops import DIALECT
 from sparsecc.passes import PIPELINE
@@ -159,7 +160,9 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
             if source is not None:
                 dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
         dumper.weights(history.program, "lowered.safetensors")
-    notes = {} if tuner is None else tuner.notes
+    notes: dict[str, Any] = {} if tuner is None else dict(tuner.notes)
+    if context.notes:
+        notes["notes"] = [*notes.get("notes", []), *context.notes]
     return Built(_runner(history.program, options, tuner), history, explanation(history, options, notes))
 
 
@@ -179,12 +182,13 @@ def not_here(target: str) -> Callable[..., Sequence[Any]]:
     return run
 
 
-def explanation(history: History, options: Options, notes: Mapping[str, str]) -> Explanation:
+def explanation(history: History, options: Options, notes: Mapping[str, Any]) -> Explanation:
     """The regions as they stood before lowering, which returns dense ones to ATen. `notes` go into the header."""
     steps = [step for step in history.steps if step.name != "lower"]
     program = steps[-1].program
     shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, DEPTHWISE) and n.name in program.regions)]
     regions = [program.region(node) for node in shown]
+    regions += [program.regions[node.name] for node in program.graph.nodes if node.target in (NEURONS, REQUEST, SCATTER)]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes})
 

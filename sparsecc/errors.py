@@ -31,6 +31,10 @@ class ShapeError(SparseccError, ValueError):
     """A tensor whose shape is not the one required, or lies outside the captured range."""
 
 
+class SelectionError(SparseccError, ValueError):
+    """Scores that nothing can be selected by, such as NaN."""
+
+
 class FormatError(SparseccError, ValueError):
     """A storage format that cannot be read, or cannot hold the given weight."""
 

@@ -165,7 +165,8 @@ class _Row:
 
     def details(self) -> list[str]:
         """Why, then the notes."""
-        return merge_texts([why for r in self.regions if (why := _why(r))]) + merge_texts([note for r in self.regions for note in r.notes])
+        said = [text for of in (_why, _kept) for r in self.regions if (text := of(r))]
+        return merge_texts(said) + merge_texts([note for r in self.regions for note in r.notes])
 
     def _more(self, key: str, show: Callable[[Any], str]) -> str:
         return self._span(lambda r: r.more.get(key), show)
@@ -258,6 +259,13 @@ def _why(region: Region) -> str:
     return f"{region.reason}; {hint}" if region.reason else hint
 
 
+def _kept(region: Region) -> str:
+    """What is kept of a region that skips at run time: as the spec says, and as the calls so far had it."""
+    expected, seen = region.more.get("expected_kept"), getattr(region.more.get("seen"), "kept", region.more.get("observed_kept"))
+    parts = [] if expected is None else [f"{expected:.1%} kept by the spec"]
+    return "; ".join(parts if seen is None else [*parts, f"{seen:.1%} kept in calls of few tokens so far"])
+
+
 def _shared_m(regions: Sequence[Region]) -> Any:
     """The number of tokens that every region was tuned for; None if they differ or don't say."""
     found = [r.more.get("m") for r in regions]
@@ -293,7 +301,10 @@ def _us(value: float) -> str:
 
 def _region_dict(region: Region) -> dict[str, Any]:
     own = {name: getattr(region, name) for name in _REGION_FIELDS if name not in ("more", "times")}
-    return {**region.more, **own, "alternatives": region.times, "sparse": is_sparse(region), "speed_up": _speed_up(region)}
+    more = dict(region.more)
+    if (seen := more.pop("seen", None)) is not None:
+        more["observed_kept"] = seen.kept
+    return {**more, **own, "alternatives": region.times, "sparse": is_sparse(region), "speed_up": _speed_up(region)}
 
 
 def _region(found: Mapping[str, Any]) -> Region:

@@ -11,6 +11,7 @@ from typing import Literal, Union
 from .errors import SpecError
 from .formats.codec import Raw
 from .formats.pattern import Pattern, parse_pattern
+from .skipping import Neurons, Skip, Tokens
 
 Mode = Literal["detect", "require", "dense"]
 
@@ -51,7 +52,7 @@ class Rule:
 DETECT = Rule()
 
 RuleLike = Rule | Pattern | str | None
-SpecLike = Union["SparsitySpec", RuleLike, Mapping[str, RuleLike]]
+SpecLike = Union["SparsitySpec", RuleLike, Skip, Mapping[str, RuleLike | Skip]]
 
 
 def options(pattern: RuleLike = None, codec: str | None = None, compute: str | None = None) -> Rule:
@@ -65,10 +66,12 @@ def options(pattern: RuleLike = None, codec: str | None = None, compute: str | N
 class SparsitySpec:
     """Rules by glob (fnmatch over qualified module names, such as "encoder.layer.*.attention.self.query"); the last match wins.
 
-    A module that no glob matches is on "detect".
+    A module that no glob matches is on "detect". `skips`: what is skipped at run time, by globs over blocks and feed-forward blocks;
+    they leave the rules for weights as they are.
     """
 
     entries: tuple[tuple[str, Rule], ...] = ()
+    skips: tuple[tuple[str, Skip], ...] = ()
 
     @staticmethod
     def parse(sparsity: SpecLike) -> SparsitySpec:
@@ -78,10 +81,13 @@ class SparsitySpec:
         """
         if isinstance(sparsity, SparsitySpec):
             return sparsity
+        if isinstance(sparsity, Neurons | Tokens):
+            sparsity = {"*": sparsity}
         if not isinstance(sparsity, Mapping):
             rule = _rule(sparsity)
             return SparsitySpec() if rule == DETECT else SparsitySpec((("*", rule),))
-        return SparsitySpec(tuple(_entry(glob, value) for glob, value in sparsity.items()))
+        skips = tuple((str(glob), value) for glob, value in sparsity.items() if isinstance(value, Neurons | Tokens))
+        return SparsitySpec(tuple(_entry(g, v) for g, v in sparsity.items() if not isinstance(v, Neurons | Tokens)), skips)
 
     def rule_for(self, module_name: str) -> Rule:
         """The rule of the last entry whose glob matches."""
@@ -102,7 +108,7 @@ class SparsitySpec:
             raise SpecError("\n".join(f"{glob!r} matches no linear weight{_closest(glob, names)}" for glob in unknown))
 
     def __str__(self) -> str:
-        return "; ".join(f"{glob} -> {rule}" for glob, rule in self.entries) or "detect"
+        return "; ".join(f"{glob} -> {rule}" for glob, rule in (*self.entries, *self.skips)) or "detect"
 
 
 def _entry(glob: object, value: RuleLike) -> tuple[str, Rule]:

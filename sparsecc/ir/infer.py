@@ -115,18 +115,23 @@ class _Propagate:
             value = sympy.lambdify(list(dim.free_symbols), dim, modules=[{"Min": torch.sym_min, "Max": torch.sym_max}, "math"])
             return value(*(self._size(s) for s in dim.free_symbols))
         if dim.name not in self.symbols:
-            env, source = self.mode.shape_env, ConstantSource(f"sparsecc_{dim.name}")
-            assert env is not None
-            hint = int(sympy.prime(len(self.symbols) + _FIRST))
-            made = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-            self.names[made] = dim  # type: ignore[index]
-            self.symbols[dim.name] = env.create_symintnode(made, hint=hint, source=source)  # type: ignore[arg-type]
+            size = new_size(self.mode, dim.name, int(sympy.prime(len(self.symbols) + _FIRST)))
+            self.names[size.node.expr] = dim
+            self.symbols[dim.name] = size
         return self.symbols[dim.name]
 
     def _rename(self, dim: Any) -> Any:
         """The expression in the text's own names."""
         by_name = {str(made): name for made, name in self.names.items()}
         return dim.subs({s: by_name[s.name] for s in dim.free_symbols if s.name in by_name})
+
+
+def new_size(mode: FakeTensorMode, name: str, hint: int) -> Any:
+    """A size of its own, of which only an example is known."""
+    env, source = mode.shape_env, ConstantSource(f"sparsecc_{name}")
+    assert env is not None
+    made = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    return env.create_symintnode(made, hint=hint, source=source)  # type: ignore[arg-type]
 
 
 def _patterns(program: Program) -> None:

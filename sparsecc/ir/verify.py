@@ -34,10 +34,12 @@ STAGES: dict[str, Stage] = {
     "capture": Stage(dialect=False, between=False),
     "canonicalize": _GRAPH,
     "select": _GRAPH,
+    "skip": _GRAPH,
     "propagate": _GRAPH,
     "convolve": _GRAPH,
     "fuse": _GRAPH,
     "pack": Stage(layouts=("row",), between=False, kernels=False),
+    "bundle": Stage(layouts=("row",), between=False, kernels=False),
     "layout": Stage(kernels=False),
     "lower": Stage(kernels=True),
 }

@@ -1,6 +1,7 @@
 """The order of the passes stands here and nowhere else."""
 from __future__ import annotations
 
+from sparsecc.passes.bundle import Bundle
 from sparsecc.passes.canonicalize import Canonicalize
 from sparsecc.passes.convolve import Convolve
 from sparsecc.passes.fuse import Fuse
@@ -10,14 +11,17 @@ from sparsecc.passes.manager import Pass
 from sparsecc.passes.pack import Pack
 from sparsecc.passes.propagate import Propagate
 from sparsecc.passes.select import Select
+from sparsecc.passes.skip import Skip
 
 PIPELINE: tuple[Pass, ...] = (
     Canonicalize(),  # one op for every linear
     Select(),        # which zeros each weight has, or must have
+    Skip(),          # neurons and tokens that are skipped at run time
     Propagate(),     # what they make useless elsewhere
     Convolve(),      # pictures with sparse convolutions into sequences of pixels
     Fuse(),          # neighbours into the op
     Pack(),          # the fastest storage, or dense where none pays
+    Bundle(),        # the same for neurons that are skipped
     Layout(),        # which values stay token-minor
     Lower(),         # kernels by name; dense regions back to ATen
 )

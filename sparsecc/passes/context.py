@@ -69,9 +69,42 @@ class Attention:
     hides: str
 
 
+@dataclass(frozen=True)
+class NeuronChoice:
+    """Up to which fraction of active neurons a kernel skips the others, why, figures for people, and what will count those seen."""
+
+    limit: float
+    reason: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    seen: Any = None
+
+
+class NeuronTuner(Protocol):
+    """Kernels for feed-forward blocks that skip neurons."""
+
+    def bundle(self, up: Tensor | None, down: Tensor) -> Tensor:
+        """[F, rows, D]: a neuron's row of up [F, D], if there is one, and its column of down [D, F]."""
+        ...
+
+    def sketch(self, gate: Tensor, activation: str, policy: str) -> tuple[Tensor, ...]:
+        """What rules out zeros before the gate is read, see `runtime/neurons.sketch`; () where it doesn't apply."""
+        ...
+
+    def choose(self, name: str, gate: Tensor, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
+        """Measured against torch's dense code."""
+        ...
+
+    def kernel(self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool) -> tuple[str, Any]:
+        """The key that stands in the program, and the code behind it. `request`: of the neurons that a prompt chose."""
+        ...
+
+
 class Tuner(Protocol):
     """The target, as far as passes need it. `between`: its kernels for what stands between linears, None if it has none and takes values
-    row by row."""
+    row by row; `neurons`: those that skip neurons, None if it has none and runs the dense meaning."""
+
+    @property
+    def neurons(self) -> NeuronTuner | None: ...
 
     @property
     def between(self) -> Between | None: ...
@@ -143,3 +176,5 @@ class Context:
 
     spec: SparsitySpec = field(default_factory=SparsitySpec)
     tuner: Tuner | None = None
+    notes: list[str] = field(default_factory=list)
+    """What people should know, for the explanation's header."""

@@ -17,6 +17,7 @@ from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
+from sparsecc.passes.bundle import lower_neurons
 from sparsecc.passes.context import Context
 from sparsecc.passes.pack import tokens_of
 
@@ -63,6 +64,7 @@ class Lower:
         for node in program.graph.nodes:
             if node.target in BETWEEN:
                 _name_kernel(node, None if tuner is None else tuner.between)
+        lower_neurons(program, context)
         program.rewrite(self.rules)
 
 

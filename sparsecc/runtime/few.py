@@ -131,7 +131,7 @@ class FewTokens:
         ):
             return None
         y = empty_like(bound.like)
-        work = _LOCAL.address if _LOCAL.floats >= bound.floats else _work(bound.floats)
+        work = _LOCAL.address if _LOCAL.floats >= bound.floats else scratch(bound.floats)
         if residual is None:
             head = HEAD.pack(4, x.data_ptr(), 4, y.data_ptr(), 4, work)
         else:
@@ -191,7 +191,7 @@ class FewTokens:
         return self._none[dtype]
 
 
-def _work(floats: int) -> int:
+def scratch(floats: int) -> int:
     """The address of this thread's memory for kernels, valid until it asks for more."""
     if _LOCAL.floats < floats:
         _LOCAL.memory, _LOCAL.floats = torch.empty(floats), floats

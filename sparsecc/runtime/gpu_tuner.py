@@ -58,6 +58,7 @@ class GpuTuner:
     cache: TuneCache = field(default_factory=TuneCache)
     on_choice: Callable[[str], None] = lambda text: None
     between: None = field(default=None, init=False)
+    neurons: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds

@@ -43,6 +43,7 @@ from sparsecc.runtime.between import (
 from sparsecc.runtime.calls import Call, DepthwiseCall, PictureCall
 from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
+from sparsecc.runtime.neuron_tuner import CpuNeurons
 from sparsecc.runtime.remainder import settle
 
 TOLERANCE = 2e-5
@@ -69,6 +70,7 @@ class CpuTuner:
         self._deadline = time.monotonic() + self.seconds
         self._kernels: dict[str, LinearKernel] = {}
         self.between = self
+        self.neurons = CpuNeurons(self.backend, self.effort, self.cache)
         self.notes: dict[str, str] = {}  # for the explanation's header
 
     def formats(self, pattern: Pattern, weight: Tensor, codec: str | None, tokens: int, compute: str | None) -> list[Format]:

@@ -15,7 +15,7 @@ ISAS = {"avx512": ("avx512f", 16, 24), "avx2": ("avx2", 8, 12), "portable": ("",
 """name -> (LLVM feature, float32 lanes, registers that may hold accumulators)"""
 
 
-AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "f16c", "fma")
+AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "f16c", "fma")
 """Linux's names of what kernels for AVX-512 may use; LLVM's lack the underscore."""
 AMX = ("amx_tile", "amx_bf16")
 """The same for tiles; LLVM's have a hyphen."""

@@ -89,14 +89,14 @@ def _write_out(term: Term, sums: Sums, s: int, row: str) -> None:
     for m in range(term.tokens):
         at = f"ot + {f'{m} * pitch + ' if m else ''}{row}"
         if single:
-            w(f"work[{at}] = work[{at}] + {_total(w, sums(s, m), sums.width)}")
+            w(f"work[{at}] = work[{at}] + {total(w, sums(s, m), sums.width)}")
             continue
         for q in range(sums.parts):
             out = vec("work", f"{at} + {q * sums.width}", sums.width)
             w(f"{out} = {out} + {sums(s, m, q)}")
 
 
-def _total(w: Writer, value: str, lanes: int) -> str:
+def total(w: Writer, value: str, lanes: int) -> str:
     """The sum of a vector's lanes."""
     while lanes > 1:
         value, lanes = w.let("half", value), lanes // 2

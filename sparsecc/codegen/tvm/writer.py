@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from sparsecc.codegen.lines import Lines
 
-ALIGN = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int32": 4}
+ALIGN = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint8": 1, "int8": 1, "int32": 4}
 
 
 Registers = Callable[[int, int], str]
@@ -36,6 +36,11 @@ class Writer(Lines):
         for row in range(rows):
             self(f'{name}{row} = T.alloc_buffer(({vectors * lanes},), "float32", scope="global")')
         return lambda row, vector: vec(f"{name}{row}", vector * lanes, lanes)
+
+    def registers_of(self, dtype: str, name: str, lanes: int) -> str:
+        """Declare one accumulator of another dtype; returns it."""
+        self(f'{name} = T.alloc_buffer(({lanes},), "{dtype}", scope="global")')
+        return vec(name, 0, lanes)
 
     @contextmanager
     def function(self, name: str, pointers: Mapping[str, str], ints: tuple[str, ...]) -> Iterator[None]:

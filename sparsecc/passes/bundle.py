@@ -1,0 +1,75 @@
+"""bundle: the storage of feed-forward blocks that skip neurons, and where skipping stops to pay.
+
+    y = neurons(x, [gate, up, down], ..., "rows", ...)  -->  y = neurons(x, [gate, bundle], ..., "bundle", ...)
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from sparsecc.ir.ops import KERNELS
+from sparsecc.ir.program import Program, Rule
+from sparsecc.ir.skip_ops import NEURONS, REQUEST
+from sparsecc.passes.context import Context, NeuronTuner
+from sparsecc.passes.pack import tokens_of
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The pass; see the file's docstring. The tuner measures from which fraction of active neurons on dense code is faster."""
+
+    name: str = "bundle"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        return {}
+
+    def run(self, program: Program, context: Any = None) -> None:
+        tuner: Any = context.tuner if isinstance(context, Context) else None
+        if tuner is None or tuner.neurons is None:
+            return
+        for node in neuron_nodes(program):
+            _pack(program, node, tuner.neurons)
+
+
+def neuron_nodes(program: Program) -> list[fx.Node]:
+    """The nodes of `sparsecc.neurons`, in program order."""
+    return [node for node in program.graph.nodes if node.op == "call_function" and node.target in (NEURONS, REQUEST)]
+
+
+def _pack(program: Program, node: fx.Node, tuner: NeuronTuner) -> None:
+    x, weights, biases, level, storage, activation, policy, kernel = node.args
+    if storage != "rows":
+        return
+    sources: Any = weights
+    tensors = [program.const(w) for w in sources]
+    stored = tuner.bundle(tensors[1] if len(tensors) == 3 else None, tensors[-1])
+    region = program.regions[node.name]
+    policy = "all" if node.target is REQUEST else str(policy)
+    chosen = tuner.choose(region.name, tensors[0], stored, str(activation), policy, tokens_of(node.all_input_nodes[0]))
+    const = program.add_const(f"{sources[-1].target}_bundle", stored, program.weight_name(sources[-1]))
+    extra = tuner.sketch(tensors[0], str(activation), policy)
+    hint, name = f"{sources[0].target}_sketch", program.weight_name(sources[0])
+    sketch = [program.add_const(hint, tensor, name) for tensor in extra]
+    node.args = (x, [sources[0], const, *sketch], biases, level, "bundle", activation, node.args[6], kernel)
+    region.format, region.bytes = "bundle", sum(t.nbytes for t in (*tensors, *extra))
+    region.choice = f"active neurons up to {chosen.limit:.0%}, dense beyond"
+    region.more |= chosen.figures | {"limit": chosen.limit, "seen": chosen.seen}
+    region.reason = f"{region.reason}; {chosen.reason}"
+
+
+def lower_neurons(program: Program, context: Any) -> None:
+    """Kernels by name, for `lower`."""
+    tuner: Any = context.tuner if isinstance(context, Context) else None
+    for node in neuron_nodes(program):
+        if node.args[4] == "bundle" and tuner is not None and tuner.neurons is not None:
+            more, request = program.regions[node.name].more, node.target is REQUEST
+            policy = "all" if request else str(node.args[6])
+            key, kernel = tuner.neurons.kernel(node.name, str(node.args[5]), policy, more.get("limit", 1.0), more.get("seen"), request)
+            KERNELS[key] = kernel
+            node.args = (*node.args[:-1], key)

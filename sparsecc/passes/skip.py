@@ -1,0 +1,243 @@
+"""skip: what the spec asks to be skipped at run time.
+
+    g = linear(x, [gate]);  u = linear(x, [up]);  y = linear(mul(silu(g), u), [down])
+      -->  y = neurons(x, [gate, up, down], [None, None, None], None, "rows", "silu", "ratio(0.25)", "")
+    y = block(x, cos, sin, mask)
+      -->  idx, n = select(recency(x, mask), "ratio(0.7)");  y = scatter_tokens(x, idx, block(gather_tokens(x, idx), ...))
+"""
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from sparsecc.errors import SpecError
+from sparsecc.ir.infer import infer, new_size, value_of
+from sparsecc.ir.policy import Policy, kept_of
+from sparsecc.ir.program import TYPE_KEY, Program, Region, Rule
+from sparsecc.ir.skip_ops import GATHER, NEURONS, RECENCY, REQUEST, SCATTER, SELECT
+from sparsecc.names import Names
+from sparsecc.passes.blocks import Block, find_blocks
+from sparsecc.passes.context import Context
+from sparsecc.passes.ffn import Ffn, find_ffns
+from sparsecc.passes.pack import tokens_of
+from sparsecc.skipping import Neurons, Tokens, level_of, matches
+from sparsecc.spec import SparsitySpec
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The pass; see the file's docstring."""
+
+    name: str = "skip"
+    requires: tuple[str, ...] = ("linears",)
+    ensures: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        return {}
+
+    def run(self, program: Program, context: Any = None) -> None:
+        spec = context.spec if isinstance(context, Context) else SparsitySpec()
+        if not spec.skips:
+            return
+        ffns, missed = find_ffns(program)
+        tokens = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Tokens)]
+        blocks, loose = find_blocks(program, ffns) if tokens else ([], [])
+        context.notes += [f"no feed-forward block: {line}" for line in missed] + [f"no block: {line}" for line in loose]
+        chosen = _blocks(program, tokens, blocks, loose + missed)
+        rules = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Neurons)]
+        picked = _ffns(program, rules, ffns, missed)
+        cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, value_of(blocks[0].x) if blocks else None)
+        for block, rule, fraction in chosen:
+            cutter.cut(block, rule, fraction)
+        infer(program)
+        for ffn, rule in picked:
+            _replace_ffn(program, ffn, rule)
+
+
+def blocks_under(program: Program, glob: str) -> list[Block]:
+    """The recognised blocks that a glob names, in program order."""
+    blocks, _ = find_blocks(program, find_ffns(program)[0])
+    return [block for block in blocks if matches(glob, block.names)]
+
+
+def _ffns(program: Program, rules: list[tuple[str, Neurons]], ffns: list[Ffn], missed: list[str]) -> list[tuple[Ffn, Neurons]]:
+    """The rule of each block: that of the last glob that names it. Raises SpecError for a glob that names none."""
+    for glob, _ in rules:
+        if not any(matches(glob, ffn.names) for ffn in ffns):
+            _nothing(program, glob, "feed-forward block", [ffn.names[0] for ffn in ffns], missed)
+    found = [(ffn, next((rule for glob, rule in reversed(rules) if matches(glob, ffn.names)), None)) for ffn in ffns]
+    return [(ffn, rule) for ffn, rule in found if rule is not None]
+
+
+def _blocks(
+    program: Program, rules: list[tuple[str, Tokens]], blocks: list[Block], missed: list[str]
+) -> list[tuple[Block, Tokens, float]]:
+    """Each block that a glob names, with the fraction that it skips. Raises SpecError for a glob that names none, and for a schedule of
+    another length than the blocks under its glob."""
+    taken: dict[int, tuple[Tokens, float]] = {}
+    for glob, rule in rules:
+        under = [i for i, block in enumerate(blocks) if matches(glob, block.names)]
+        if not under:
+            _nothing(program, glob, "block", [block.names[0] for block in blocks], missed)
+        for at, i in enumerate(under):
+            taken[i] = rule, rule.skipped(at, len(under))
+    return [(blocks[i], rule, fraction) for i, (rule, fraction) in sorted(taken.items()) if fraction > 0]
+
+
+def _nothing(program: Program, glob: str, what: str, names: list[str], missed: list[str]) -> None:
+    reasons = "".join(f"\n  {line}" for line in missed[:4])
+    known = f"; recognised are {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" if names else "; none was recognised"
+    message = f"{glob!r} names no {what} of this model{known}{reasons}"
+    if not Names.found(program).partial:
+        raise SpecError(message)
+    warnings.warn(f"sparsecc: in this part of the model {message}", stacklevel=2)
+
+
+def _replace_ffn(program: Program, ffn: Ffn, rule: Neurons) -> None:
+    """One op for the block."""
+    name, down = ffn.names[0], ffn.down.node
+    level = level_of(rule, name, ffn.width)
+    graph = program.graph
+    const = None if level is None else program.add_const(f"{name}_levels", level)
+    weights, biases = [view.params[0] for view in ffn.linears], [view.bias for view in ffn.linears]
+    names = tuple(program.weight_name(w) for w in weights)
+    size = sum(program.const(w).nbytes for w in weights)
+    with graph.inserting_before(down):
+        if rule.score:
+            kept = program.add_const(f"{name}_neurons", rule.set_of(name, ffn.width))
+            args = (ffn.x, weights, biases, kept, "rows", ffn.activation, rule.score, "")
+            new = graph.create_node("call_function", REQUEST, args, name="neurons")
+        else:
+            args = (ffn.x, weights, biases, const, "rows", ffn.activation, str(rule.policy), "")
+            new = graph.create_node("call_function", NEURONS, args, name="neurons")
+    program.replace(down, new)
+    kept = rule.policy.size(ffn.width)
+    more = {"shape": (ffn.width, ffn.gate.shape[1]), "m": tokens_of(ffn.x), "dense_bytes": size}
+    more |= {} if kept is None else {"expected_kept": kept / ffn.width}
+    program.regions[new.name] = Region(name, names, str(rule), f"{ffn.activation} neurons, {len(weights)} linears in one op", more=more)
+
+
+@dataclass
+class Cutter:
+    """Runs blocks on some of their tokens. Blocks that keep as many share their indices, and what was gathered by them."""
+
+    program: Program
+    tokens: int
+    like: Any
+    indices: dict[Any, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    gathered: dict[Any, fx.Node] = field(default_factory=dict)
+    scattered: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=dict)
+    moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict)
+    _sizes: dict[Any, Any] = field(default_factory=dict)
+
+    def cut(self, block: Block, rule: Tokens, fraction: float) -> None:
+        """Gather before the block, scatter behind it. Blocks come in program order."""
+        graph = self.program.graph
+        source = self.moved.get(block.x, block.x)
+        with graph.inserting_before(block.inside[0]):
+            idx, count = self._select(block, source, rule, fraction)
+            swapped = {source: self._take(source, idx, (1,)), **dict.fromkeys(block.sizes, count)}
+            tables = self._renumbered(count) if rule.positions == "compact" else idx
+        for node, dims in block.tokens.items():
+            with graph.inserting_before(next(inner for inner in block.inside if node in inner.all_input_nodes)):
+                swapped[node] = self._take(node, tables if _is_table(node, dims) else idx, dims)
+        shorter = partial(self._shorter, kept=value_of(idx).shape[1])
+        for node in block.inside:
+            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: swapped.get(n, n))  # type: ignore[assignment]
+            node.meta.pop(TYPE_KEY, None)
+            for key in ("val", "example_value"):
+                if key in node.meta:
+                    node.meta[key] = tree_map(shorter, node.meta[key])
+        users = list(block.y.users)
+        base, same, _ = self.scattered.get(source, (source, None, None))
+        base = base if same is idx else source
+        with graph.inserting_after(block.y):
+            out = graph.call_function(SCATTER, (base, idx, block.y))
+        for user in users:
+            user.replace_input_with(block.y, out)
+        self.scattered[out], self.moved[block.y] = (base, idx, block.y), out
+        more = {"m": self.tokens, "expected_kept": 1 - fraction}
+        self.program.regions[out.name] = Region(
+            block.names[0], (), f"skips {fraction:.0%} of tokens", f"{rule}: skipped tokens are no keys in it", more=more)
+
+    def _renumbered(self, count: fx.Node) -> fx.Node:
+        """0, 1, 2, ... as indices [1, K]."""
+        if count not in self.gathered:
+            call = self.program.graph.call_function
+            self.gathered[count] = call(aten.unsqueeze.default, (call(aten.arange.default, (count,)), 0))
+        return self.gathered[count]
+
+    def _take(self, node: fx.Node, idx: fx.Node, dims: tuple[int, ...]) -> fx.Node:
+        """The kept rows of a value. Those of a value that the same indices were scattered into are what was scattered."""
+        if node in self.scattered and self.scattered[node][1] is idx and dims == (1,):
+            return self.scattered[node][2]
+        key = (node, idx, dims)
+        if key not in self.gathered:
+            self.gathered[key] = self.program.graph.call_function(GATHER, (node, idx, list(dims)))
+        return self.gathered[key]
+
+    def _select(self, block: Block, source: fx.Node, rule: Tokens, fraction: float) -> tuple[fx.Node, fx.Node]:
+        """(indices, their number)"""
+        mask = next((node for node, dims in block.tokens.items() if len(dims) == 2), None)
+        kept = round(1 - fraction, 6)
+        key = (mask, kept)
+        if key not in self.indices:
+            call = self.program.graph.call_function
+            scores = call(RECENCY, (source, mask))
+            idx = call(operator.getitem, (call(SELECT, (scores, str(Policy("ratio", kept)))), 0))
+            idx.meta["val"] = self._example(kept)
+            self.indices[key] = idx, call(aten.sym_size.int, (idx, 1))
+        return self.indices[key]
+
+
+    def _shorter(self, value: Any, kept: Any) -> Any:
+        """What stands for a value of the block, a fake tensor or a size, with fewer tokens. Equal ones are made once: a block has a
+        hundred values of a dozen shapes, and each takes milliseconds to make."""
+        full = self.like.shape[1].node.expr
+
+        def size(s: Any) -> Any:
+            if isinstance(s, int) or full not in s.node.expr.free_symbols:
+                return s
+            names = sorted(s.node.expr.free_symbols, key=str)
+            return sympy.lambdify(names, s.node.expr)(*(kept if name == full else self._sizes[name] for name in names))
+
+        if isinstance(value, torch.SymInt):
+            return size(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (str(kept), value.dtype, str(tuple(value.shape)), str(value.stride()))
+        if key not in self.made:
+            for s in (*value.shape, *value.stride()):
+                if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol:
+                    self._sizes[s.node.expr] = s
+            shape, strides = [size(s) for s in value.shape], [size(s) for s in value.stride()]
+            with self.like.fake_mode:
+                self.made[key] = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        return self.made[key]
+
+    def _example(self, kept: float) -> Any:
+        """Indices whose number is a size of its own: inference over the blocks would be slow with one that is computed from the length."""
+        size = self.like.shape[1]
+        hint = kept_of(int(size.node.hint or 128), kept)
+        mode = self.like.fake_mode
+        with mode:
+            return torch.empty((self.like.shape[0], new_size(mode, f"kept_{len(self.indices)}", max(2, hint))), dtype=torch.int32)
+
+
+def _is_table(node: fx.Node, dims: tuple[int, ...]) -> bool:
+    """Whether a value holds something for each position, such as a rotary table."""
+    value = value_of(node)
+    return len(dims) == 1 and isinstance(value, torch.Tensor) and value.dtype.is_floating_point

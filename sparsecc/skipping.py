@@ -1,0 +1,145 @@
+"""What the user asks to be skipped at run time: neurons of feed-forward blocks, tokens of transformer blocks. Values of a sparsity dict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from sparsecc.errors import SpecError
+from sparsecc.ir.policy import Policy, parse_policy
+
+ROUTERS = ("static",)
+REQUEST_SCORES = ("griffin", "core")
+"""How a prompt ranks neurons: by the norm of their share in each token (GRIFFIN), or by how many tokens count them among their largest
+positive ones (CoreInfer, CoreMatching)."""
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Which neurons of a feed-forward block count for a token.
+
+    policy: on |a|, a = act(gate x) or act(fc1 x); see `ir/policy.py`. levels: thresholds from a calibration, by the name of the block,
+    f32[F] or f32[1]; blocks that it does not name have the policy's own number. score: "" for a set of neurons per token, else how the
+    prompt of a request chooses the set that its generated tokens use (REQUEST_SCORES), kept in `sets` by the block's name.
+    """
+
+    policy: Policy
+    levels: dict[str, Tensor] = field(default_factory=dict, compare=False, hash=False)
+    score: str = ""
+    sets: dict[str, Tensor] = field(default_factory=dict, compare=False, hash=False)
+
+    def __str__(self) -> str:
+        return f"neurons({self.policy}{', calibrated' if self.levels else ''}{f', per request by {self.score}' if self.score else ''})"
+
+    def set_of(self, name: str, count: int) -> Tensor:
+        """The block's set i32[K], the same tensor for every graph of a model: -1 before the first prompt, which stands for all neurons."""
+        size = self.policy.size(count)
+        assert size is not None
+        if name not in self.sets or self.sets[name].numel() != size:
+            self.sets[name] = torch.full((size,), -1, dtype=torch.int32)
+        return self.sets[name]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens a transformer block is run on; all others pass it unchanged and are no keys in it.
+
+    schedule: the fraction that each recognised block under the glob skips, in program order, in [0, 1); one number for all of them.
+    router: "static" keeps the first token and the latest ones.
+    positions: "original" (rotary embeddings and masks are those of the token's place in the sequence) or "compact" (it is renumbered).
+    """
+
+    schedule: tuple[float, ...]
+    router: str = "static"
+    positions: str = "original"
+
+    def __str__(self) -> str:
+        return f"ftp({list(self.schedule)}, {self.router}, {self.positions})"
+
+    def skipped(self, block: int, blocks: int) -> float:
+        """The fraction that a block skips. Raises SpecError where the schedule is of another length."""
+        if len(self.schedule) == 1:
+            return self.schedule[0]
+        if len(self.schedule) != blocks:
+            raise SpecError(
+                f"the schedule has {len(self.schedule)} entries, but {blocks} blocks were recognised under its glob: give one per block")
+        return self.schedule[block]
+
+
+Skip = Neurons | Tokens
+
+
+def neurons(
+    top: float | int | None = None, *, threshold: float | None = None, stat: float | None = None, at_least: float | None = None,
+    policy: str | None = None, levels: dict[str, Tensor] | None = None, per_request: str = "",
+) -> Neurons:
+    """Neurons to compute, for the values of a sparsity dict; without arguments those that are not zero, which is exact for ReLU.
+
+    top: so many (an int) or this fraction of them (a float), the largest |a| of every token; an approximation that is asked for here.
+    threshold: those with |a| larger than it (CATS); at_least: with |a| of at least it (FATReLU); stat: about this fraction, by mean and
+    deviation of the row, less the threshold (Spark); policy: any of `ir/policy.py` by its text; levels: see `methods/cats.py`.
+    per_request: "griffin" or "core": the prompt, computed in full, chooses `top` neurons for the tokens that are generated after it.
+    Raises SpecError.
+    """
+    given = {"top": top, "threshold": threshold, "stat": stat, "at_least": at_least, "policy": policy}
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise SpecError(f"neurons() takes one of {', '.join(given)}; got {', '.join(named)}")
+    if policy is not None:
+        chosen = parse_policy(policy)
+    elif top is not None:
+        if isinstance(top, bool) or not isinstance(top, int | float):
+            raise SpecError(f"neurons(top={top!r}): a number of neurons, or a fraction of them")
+        chosen = Policy("topk", top) if isinstance(top, int) else Policy("ratio", top)
+    elif stat is not None:
+        chosen = Policy("stat", float(stat))
+    elif threshold is not None or at_least is not None:
+        name, value = ("threshold", threshold) if threshold is not None else ("atleast", at_least)
+        if value is None or not value >= 0:
+            raise SpecError(f"neurons({name}={value!r}): thresholds on |a| are 0 or larger")
+        chosen = Policy(name, float(value))
+    else:
+        chosen = Policy("threshold", 0.0) if levels else Policy("nonzero")
+    if chosen.name in ("knee", "mass"):
+        raise SpecError(f"neurons(policy={str(chosen)!r}): {chosen.name} is no policy for neurons; use topk, ratio, threshold, stat")
+    if per_request and (per_request not in REQUEST_SCORES or chosen.name not in ("topk", "ratio")):
+        raise SpecError(f"neurons(per_request={per_request!r}): use {' or '.join(map(repr, REQUEST_SCORES))}, with top=")
+    return Neurons(chosen, dict(levels or {}), per_request)
+
+
+def ftp(schedule: Sequence[float] | float, router: str = "static", positions: str = "original") -> Tokens:
+    """Token skipping by a schedule (FTP: fine-grained token-wise pruning, AMD 2024), for the values of a sparsity dict.
+
+    schedule: the fraction of tokens that each block skips, one number for all or one per block, each in [0, 1). Raises SpecError.
+    """
+    values = tuple(float(v) for v in ([schedule] if isinstance(schedule, int | float) else schedule))
+    if not values:
+        raise SpecError("ftp(schedule=[]): give the fraction that each block skips")
+    for i, value in enumerate(values):
+        if not 0 <= value < 1:
+            raise SpecError(f"ftp: schedule[{i}] = {value} lies outside [0, 1): it is the fraction of tokens that the block skips")
+    if router not in ROUTERS:
+        raise SpecError(f"ftp(router={router!r}): the router is {' or '.join(map(repr, ROUTERS))}")
+    if positions not in ("original", "compact"):
+        raise SpecError(f"ftp(positions={positions!r}): use 'original' or 'compact'")
+    return Tokens(values, router, positions)
+
+
+def matches(glob: str, names: Sequence[str]) -> bool:
+    """Whether a glob names a module: by its whole name, or by the end of it from some dot on."""
+    ends = [name.split(".", i)[-1] for name in names for i in range(name.count(".") + 1)]
+    return any(fnmatchcase(end, glob) for end in ends)
+
+
+def level_of(rule: Neurons, name: str, count: int) -> Tensor | None:
+    """The thresholds of a block, f32[F] or f32[1]; None where its policy needs none. Raises SpecError on a wrong size."""
+    found = rule.levels.get(name)
+    if found is not None:
+        found = torch.as_tensor(found, dtype=torch.float32).detach().flatten()
+        if found.numel() not in (1, count) or bool(found.isnan().any()):
+            raise SpecError(f"the thresholds of {name} are {list(found.shape)} numbers (NaN is none): wanted 1 or {count}")
+    return found
