@@ -182,7 +182,7 @@ def explanation(history: History, options: Options, notes: Mapping[str, str]) ->
     steps = [step for step in history.steps if step.name != "lower"]
     regions = [steps[-1].program.region(view.node) for view in steps[-1].program.linears()]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
-    return Explanation(regions, {**header, **notes})
+    return Explanation(regions, {**header, **notes}, steps[-1].program.dims)
 
 
 def _spec_for(program: Program, spec: SparsitySpec) -> SparsitySpec:
