@@ -13,7 +13,7 @@ from sparsecc.passes.select import Select
 PIPELINE: tuple[Pass, ...] = (
     Canonicalize(),  # one op for every linear
     Select(),        # which zeros each weight has, or must have
-    Propagate(),     # what they make useless elsewhere
+    Propagate(),     # what they make useless elsewhere leaves
     Fuse(),          # neighbours into the op
     Pack(),          # the fastest storage, or dense where none pays
     Layout(),        # which values stay token-minor
