@@ -139,7 +139,7 @@ def output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def given_output() -> Tensor | None:
     """Where the next token-minor result is to go, if that was said; once."""
-    recorder = getattr(_LOCAL, "recorder", None)
+    recorder = RECORDERS.recorder
     into = None if recorder is None else recorder.into
     if into is not None:
         recorder.into = None
