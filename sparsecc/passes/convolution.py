@@ -175,7 +175,7 @@ def _batch_norm(program: Program, node: fx.Node, fold: Fold) -> fx.Node | None:
     order = ("weight", "bias", "mean", "var") if node.target is aten.batch_norm.default else ("mean", "var", "weight", "bias")
     names = ("x", *order, "training", "momentum", "eps")
     given = {"running_mean": "mean", "running_var": "var", "input": "x"}
-    values = dict(zip(names, node.args, strict=False)) | {given.get(k, k): v for k, v in node.kwargs.items()}
+    values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | {given.get(k, k): v for k, v in node.kwargs.items()}
     x = values["x"]
     view = ConvView.of(program, x) if isinstance(x, fx.Node) else None
     if view is None or view.transposed or len(x.users) > 1 or values.get("training"):

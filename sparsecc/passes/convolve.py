@@ -18,6 +18,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from sparsecc.formats import ANY, Pattern
 from sparsecc.ir.effects import mutates
@@ -172,7 +173,7 @@ def _convert(program: Program, cluster: list[fx.Node], convs: Mapping[fx.Node, C
             if node in convs:
                 made.of[node] = made.convolution(convs[node], zeros.get(node, ANY))
             elif node.target in ACTIVATION_TARGETS or node.target in ADDS:
-                args = fx.node.map_arg(node.args, made.sequence)
+                args = map_arg(node.args, made.sequence)
                 made.of[node] = program.graph.call_function(node.target, args, dict(node.kwargs))  # type: ignore[arg-type]
             else:
                 pooled = program.graph.call_function(POOL, (made.sequence(node.args[0]), ""))  # type: ignore[arg-type]

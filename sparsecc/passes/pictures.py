@@ -14,6 +14,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS, PATCHES, POOL
 from sparsecc.ir.infer import value_of
@@ -126,7 +127,7 @@ class _Pictures:
             y = self._convolution(node, x, weight, view.bias, size, window, pads, 1, view.epilogue)
             self.of[node] = y if view.residual is None else call(aten.add.Tensor, (y, self.picture(view.residual)))
         else:
-            args = fx.node.map_arg(node.args, self.picture)
+            args = map_arg(node.args, self.picture)
             self.of[node] = call(node.target, args, dict(node.kwargs))  # type: ignore[arg-type]
 
     def _convolution(

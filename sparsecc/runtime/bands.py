@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
 from sparsecc.ir.infer import value_of
@@ -92,7 +93,7 @@ class Band:
     def run(self, env: Mapping[fx.Node, Any], recorder: Recorder | None, result: bool) -> Tensor:
         """The whole result of the last kernel. `env`: values from outside; `result`: whether the chain returns it."""
         last = self.steps[-1]
-        source = fx.node.map_arg(self.steps[0].node.args[0], env.__getitem__)
+        source = map_arg(self.steps[0].node.args[0], env.__getitem__)
         B = source.shape[0]  # type: ignore[union-attr]
         if recorder is not None:
             recorder.result = result
@@ -106,7 +107,7 @@ class Band:
                 spans.append(step.rows(*spans[-1]))
             x = _rows(source, *self.steps[0].rows(*spans[-1]), self.steps[0].width)
             for step, (start, stop) in zip(self.steps, reversed(spans), strict=True):
-                args = fx.node.map_arg(step.node.args, lambda n, last=step: None if n in inside(self) else env[n])  # type: ignore[misc]
+                args = map_arg(step.node.args, lambda n, last=step: None if n in inside(self) else env[n])  # type: ignore[misc]
                 res = args[3] if step.node.target is LINEAR else None
                 if res is not None:
                     res = _rows(res, start, stop, step.out_width)
@@ -188,7 +189,7 @@ def _band(chain: Sequence[fx.Node]) -> Band | None:
             height, width = size
             window, pads = node.args[at + 1], node.args[at + 2]
             high = (height + pads[0] + pads[2] - window[0]) // window[2] + 1  # type: ignore[index,operator]
-            size = (high, pixels // high)
+            size = (high, pixels // high)  # type: ignore[assignment]
         features = int(value_of(x).shape[2]), int(value_of(node).shape[2])  # type: ignore[arg-type]
         steps.append(Step(node, height, width, size[1], features))
     height, step = size[0], whole(size[1])
