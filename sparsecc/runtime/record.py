@@ -139,10 +139,10 @@ def output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def given_output() -> Tensor | None:
     """Where the next token-minor result is to go, if that was said; once."""
-    recorder = getattr(_LOCAL, "recorder", None)
-    into = None if recorder is None else recorder.into
-    if into is not None:
-        recorder.into = None
+    recorder = RECORDERS.recorder
+    if recorder is None or recorder.into is None:
+        return None
+    into, recorder.into = recorder.into, None
     return into
 
 
