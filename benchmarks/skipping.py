@@ -95,7 +95,7 @@ def neurons(size: str, dtype: str, gated: bool, threads: int, seconds: float) ->
     for zeros in ZEROS:
         block = Block(D, width, DTYPES[dtype], gated, zeros)
         wanted = block.dense()().double()
-        calls = {"dense": block.dense(), "ours": block.ours(), "sketch": block.ours(sketched=True)}
+        calls: dict[str, Callable[[], Any]] = {"dense": block.dense(), "ours": block.ours(), "sketch": block.ours(sketched=True)}
         off = {name: float((f().double() - wanted).abs().max() / wanted.abs().max()) for name, f in calls.items()}
         reads: list[float] = []
         calls["limit"] = lambda reads=reads: reads.append(limit.rate(1e-3))

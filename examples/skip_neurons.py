@@ -27,7 +27,8 @@ def decoder(layers: int, zeros: float) -> Any:
     config._attn_implementation = "sdpa"
     model = OPTForCausalLM(config).eval().requires_grad_(False)
     ids = torch.randint(0, 4096, (1, 64))
-    for layer in model.model.decoder.layers:
+    layers_of: Any = model.model.decoder.layers
+    for layer in layers_of:
         layer.fc1.weight.mul_(8)
         kept: list[torch.Tensor] = []
         hook = layer.fc1.register_forward_hook(lambda module, args, y, kept=kept: kept.append(y))
