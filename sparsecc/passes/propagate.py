@@ -1,49 +1,37 @@
-"""propagate: features that are always zero, or that nobody reads, leave both linears that they connect.
+"""propagate: what is constant for every input, or never read, travels through the graph, and every operation that it makes useless leaves.
 
     h = linear(x, [w1], b1, epilogue="relu");  y = linear(h, [w2], b2)
-        row i of w1 and b1[i] zero, or column i of w2 zero
+        row i of w1 zero, or column i of w2 zero
     -->
-    h = linear(x, [w1 without row i], b1 without i, epilogue="relu");  y = linear(h, [w2 without column i], b2)
+    h = linear(x, [w1 without row i], b1 without i, epilogue="relu");  y = linear(h, [w2 without column i], b2 + what h[i] added)
 
-A group is a set of values that share one feature axis: results of linears joined by elementwise ops (a gate times an up
-projection), read only by linears. Exact: a dropped feature contributed 0 to every sum (zeros in weights count as exactly 0, see
-ir/ops.py). Rows and columns go in whole blocks of the patterns involved, so blocks and N:M groups stay aligned.
+SparTA (Zheng et al., OSDI 2022) propagates such attributes through a graph; here they are facts on the factors of axes (see `dims`), so that
+channels, heads and neurons keep their identity through reshapes. Per op one rule (see `rules`) says: what is constant (forward), what is
+needed (backward), and what must be cut together (`links`). The smallest choice that holds all that is needed is cut by `slice`.
+
+Exact: zeros in weights count as exactly 0 (see ir/ops.py). Rows and columns go in whole blocks of the patterns involved.
 """
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsecc.formats import ANY, NM, Block, Pattern
-from sparsecc.ir.effects import mutates
-from sparsecc.ir.infer import same_shape
-from sparsecc.ir.ops import ACTIVATIONS, LINEAR
-from sparsecc.ir.program import TYPE_KEY, LinearView, Program, Rule
-from sparsecc.ir.types import TensorType
-
-aten = torch.ops.aten
-
-_UNARY_NAMES = ("relu", "gelu", "silu", "tanh", "neg", "abs", "sin", "erf", "sqrt", "clone", "contiguous", "detach", "square")
-KEEPS_ZERO: set[Any] = {
-    *(getattr(aten, name).default for name in _UNARY_NAMES if hasattr(aten, name)),
-    *(getattr(torch, name) for name in _UNARY_NAMES if hasattr(torch, name)),
-    F.relu, F.gelu, F.silu, F.tanh, F.hardswish, F.mish, operator.neg, aten.hardswish.default, aten.mish.default,
-    *_UNARY_NAMES,
-}
-"""f(0) == 0, elementwise."""
-FILLS_ZERO: set[Any] = {aten.sigmoid.default, torch.sigmoid, F.sigmoid, "sigmoid", aten.exp.default, torch.exp, "exp"}
-"""Elementwise, but zeros don't survive."""
-PRODUCTS: set[Any] = {aten.mul.Tensor, operator.mul, torch.mul, "mul"}
-SUMS: set[Any] = {aten.add.Tensor, aten.sub.Tensor, operator.add, operator.sub, torch.add, torch.sub, "add", "sub"}
-ELEMENTWISE = KEEPS_ZERO | FILLS_ZERO | PRODUCTS | SUMS
+from sparsecc.ir.effects import is_impure, mutates
+from sparsecc.ir.infer import value_of
+from sparsecc.ir.program import LinearView, Program, Rule
+from sparsecc.ir.types import Dim
+from sparsecc.passes.context import Context
+from sparsecc.passes.dims import Facts, Stop, constant, unknown
+from sparsecc.passes.links import Key, Link, Masks, Place, Span, Whole, components, settle
+from sparsecc.passes.rules import is_source, rule_of
+from sparsecc.passes.rules.base import Flow, Opaque, name_of, opaque
+from sparsecc.passes.rules.shape import Split
+from sparsecc.passes.slice import Cutter
+from sparsecc.spec import SparsitySpec
 
 
 @dataclass(frozen=True)
@@ -59,172 +47,235 @@ class Propagate:
         return {}
 
     def run(self, program: Program, context: Any = None) -> None:
-        changed = True
-        while changed:  # dropping columns of a weight can empty its rows: each round drops at least one feature
-            changed = any([_shrink(program, group) for group in reversed(groups(program))])
+        analysis = Analysis(program, context.spec if isinstance(context, Context) else None)
+        masks = analysis.solve()
+        if analysis.idle(masks):
+            return
+        Cutter(analysis, masks).run()
+        program.finish()
 
 
-@dataclass(frozen=True)
-class Group:
-    """Values [..., features] of one feature axis: who makes it, the ops on it, and the linears that read it."""
+class Analysis:
+    """Facts of every value, what is needed of it, and what stays. `flows`: every node under its rule. `stops`: why a node has none."""
 
-    producers: tuple[LinearView, ...]
-    values: tuple[fx.Node, ...]
-    readers: tuple[LinearView, ...]
-    features: int
+    def __init__(self, program: Program, spec: SparsitySpec | None = None) -> None:
+        self.program, self.spec = program, spec
+        self.flows: dict[fx.Node, Flow] = {}
+        self.stops: dict[fx.Node, str] = {}
+        self.pins: dict[Key, list[tuple[Tensor, str]]] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.constants: dict[tuple[fx.Node, fx.Node], Facts] = {}
+        self._tables: dict[fx.Node, Facts] = {}
+        self._need: dict[fx.Node, Tensor] = {}
+        self._pinned: dict[fx.Node, Tensor] = {}
+        self._forward()
+        self._backward()
 
+    # ---- what rules ask
 
-def groups(program: Program) -> list[Group]:
-    """The closed groups of the program, in program order."""
-    graph: nx.Graph = nx.Graph()
-    for node in program.graph.nodes:
-        if _is_linear(node):
-            graph.add_node(node)
-        elif _is_elementwise(program, node):
-            for source in node.all_input_nodes:
-                graph.add_edge(source, node)
-    order = {node: i for i, node in enumerate(program.graph.nodes)}
-    found = (_closed(program, sorted(component, key=order.__getitem__)) for component in nx.connected_components(graph))
-    return sorted((g for g in found if g is not None), key=lambda g: order[g.values[0]])
+    def is_value(self, node: Any) -> bool:
+        """Whether it is a tensor, or a split of one."""
+        return isinstance(node, fx.Node) and (self.program.type(node) is not None or isinstance(self.flows.get(node), Split))
 
+    def shape(self, node: fx.Node) -> tuple[Dim, ...]:
+        """Raises Stop where it is unknown."""
+        found = self.program.type(node)
+        if found is None:
+            raise Stop("a value without a type")
+        return found.shape
 
-def _closed(program: Program, values: list[fx.Node]) -> Group | None:
-    """The component as a group, if nothing else makes or reads its values and all weights may be cut."""
-    inside = set(values)
-    producers = [LinearView(v) for v in values if _is_linear(v)]
-    if len(producers) + sum(1 for v in values if v.target in ELEMENTWISE) != len(values) or not producers:
-        return None
-    readers: dict[fx.Node, LinearView] = {}
-    for value in values:
-        for user in value.users:
-            if user in inside and not _is_linear(user):
+    def dtype(self, node: Any) -> torch.dtype:
+        """Of a value."""
+        found = self.program.type(node)
+        assert found is not None
+        return found.dtype
+
+    def device(self, node: fx.Node) -> torch.device:
+        """Of a value."""
+        value = value_of(node)
+        return value.device if isinstance(value, Tensor) else torch.device("cpu")
+
+    def key(self, user: fx.Node, operand: fx.Node) -> Key:
+        """Under which an operand has its masks."""
+        return (user, operand) if self.program.is_const(operand) else operand
+
+    def facts(self, user: fx.Node, operand: fx.Node) -> Facts:
+        """Of an operand. Raises Stop where there are none."""
+        if self.program.is_const(operand):
+            if operand not in self._tables:
+                self._tables[operand] = constant(self.program.const(operand))
+            self.constants[user, operand] = self._tables[operand]
+            return self._tables[operand]
+        if operand not in self.flows:
+            raise Stop("an operand that is not a value")
+        return self.flows[operand].facts
+
+    def required(self, view: LinearView) -> bool:
+        """Whether the weight's pattern was asked for, or nobody can say."""
+        if self.spec is None:
+            return True
+        return self.spec.rule_for(self.program.weight_name(view.params[0]).removesuffix(".weight")).pattern is not None
+
+    # ---- forward
+
+    def _forward(self) -> None:
+        written = aliases_of_written(self.program)
+        for node in self.program.graph.nodes:
+            if node.op == "output" or (node.op == "get_attr" and self.program.is_const(node)):
                 continue
-            if not _is_linear(user) or LinearView(user).x is not value or user.all_input_nodes.count(value) != 1 or user in inside:
-                return None
-            readers[user] = LinearView(user)
-    if not readers or any(p.residual is not None for p in producers):
-        return None
-    features = {p.shape[0] for p in producers}
-    if len(features) != 1 or not all(_cuttable(program, v) for v in (*producers, *readers.values())):
-        return None
-    return Group(tuple(producers), tuple(values), tuple(readers.values()), features.pop())
+            try:
+                self.flows[node] = self._flow(node, written)
+            except Stop as stop:
+                self.stops[node] = str(stop)
+                self.flows[node] = self._opaque(node, f"{node.target}: {stop}")
+
+    def _flow(self, node: fx.Node, written: set[fx.Node]) -> Flow:
+        if node.op in ("placeholder", "get_attr"):
+            return Flow(self, node, self._unknown(node))
+        rule = rule_of(node) if node.op in ("call_function", "call_method") else None
+        if node in written or mutates(node):
+            return self._opaque(node, "it is written to")
+        told = any(f.tracked or f.free for n in node.all_input_nodes if n in self.flows for f in self.flows[n].facts.factors)
+        if not told and not is_source(node) and not isinstance(self.flows.get(node.all_input_nodes[0] if node.args else node), Split) \
+                and name_of(node) not in ("split", "chunk", "split_with_sizes", "unbind"):
+            return Flow(self, node, self._unknown(node))
+        if rule is None:
+            raise Stop("there is no rule for it")
+        return rule(self, node)
+
+    def _unknown(self, node: fx.Node) -> Facts:
+        found = self.program.type(node)
+        return unknown(() if found is None else found.shape)
+
+    def _opaque(self, node: fx.Node, why: str) -> Opaque:
+        if self.program.type(node) is None:
+            return Opaque(self, node, unknown(()), why)
+        return opaque(self, node, why)
+
+    # ---- backward
+
+    def _backward(self) -> None:
+        for node in reversed(self.program.graph.nodes):
+            if node.op == "output":
+                for value in node.all_input_nodes:
+                    if value in self.flows:
+                        self._pin(value, torch.ones_like(self.flows[value].facts.known), "the model returns it")
+                continue
+            flow = self.flows.get(node)
+            if flow is None:
+                continue
+            need = self.need(node)
+            if not (need.any() or isinstance(flow, Opaque) or is_impure(node)):
+                continue
+            for one in flow.needs(need):
+                if one.operand not in self.flows:
+                    continue
+                if one.pin:
+                    self._pin(one.operand, one.mask, one.why)
+                else:
+                    self._need[one.operand] = self._need.get(one.operand, torch.zeros_like(one.mask)) | one.mask
+
+    def _pin(self, node: fx.Node, mask: Tensor, why: str) -> None:
+        if mask.any():
+            self._pinned[node] = self._pinned.get(node, torch.zeros_like(mask)) | mask
+            self.pins.setdefault(node, []).append((mask, why))
+
+    def need(self, node: fx.Node) -> Tensor:
+        """bool like `known`: what must be there. Constants need not, since who reads them can have them without."""
+        facts = self.flows[node].facts
+        nothing = torch.zeros_like(facts.known)
+        return (self._need.get(node, nothing) & ~facts.known) | self._pinned.get(node, nothing)
+
+    # ---- what stays
+
+    def values(self) -> Iterator[tuple[Key, Facts]]:
+        """Everything that has masks."""
+        for flow in self.flows.values():
+            yield from flow.values()
+        yield from self.constants.items()
+
+    def links(self) -> list[Link]:
+        """All constraints."""
+        found: list[Link] = []
+        for node, flow in self.flows.items():
+            found += [link for link in flow.links() if link.places]
+            if flow.rigid:
+                found += self._rigid(node)
+        for value in self.program.graph.output_node().all_input_nodes:
+            if value in self.flows:
+                found += [Whole(Span(value, (i,))) for i, f in enumerate(self.flows[value].facts.factors) if f.free]
+        return found
+
+    def _rigid(self, node: fx.Node) -> Iterator[Link]:
+        for operand in node.all_input_nodes:
+            if operand in self.flows:
+                yield from (Whole(Span(operand, (i,))) for i, f in enumerate(self.flows[operand].facts.factors) if f.free)
+
+    def start(self) -> Masks:
+        """What is needed, before links are heard."""
+        masks = Masks()
+        for key, facts in self.values():
+            need = self.need(key) if isinstance(key, fx.Node) else None
+            for place, factor in enumerate(facts.factors):
+                if not isinstance(factor.size, int):
+                    continue
+                if factor.tracked and need is not None:
+                    others = [d for d in range(need.ndim) if d != place]
+                    masks.of[key, place] = need.any(dim=others) if others else need
+                else:
+                    masks.of[key, place] = torch.full((factor.size,), not (factor.tracked or factor.free))
+        return masks
+
+    def solve(self) -> Masks:
+        """The smallest masks that will do. Every axis keeps at least one entry: kernels need something to work on."""
+        self.first, self.all_links = self.start(), self.links()
+        masks = Masks(dict(self.first.of))
+        told = {(key, place) for key, facts in self.values() for place, f in enumerate(facts.factors) if f.tracked}
+        self.groups: list[list[Place]] = list(components(masks.of, self.all_links))
+        for group in self.groups:
+            if not any(place in told for place in group):
+                for place in group:
+                    masks.of[place] = torch.ones_like(masks.of[place])
+        settle(masks, self.all_links)
+        for group in self.groups:
+            for place in group:
+                if not masks.of[place].any():
+                    masks.of[place] = torch.arange(len(masks.of[place])) == 0
+                    settle(masks, [link for link in self.all_links if set(link.places) & set(group)])
+        return masks
+
+    def idle(self, masks: Masks) -> bool:
+        """Whether there is nothing to cut, and nothing that is computed though it is constant."""
+        if not all(bool(mask.all()) for mask in masks.of.values()):
+            return False
+        return not any(flow.facts.tracked and bool(flow.facts.known.all()) for flow in self.flows.values())
 
 
-def _is_linear(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is LINEAR
+def aliases_of_written(program: Program) -> set[fx.Node]:
+    """Values that may share memory with one that is written to."""
+    written: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "output" and mutates(node):
+            written |= {n for n in node.all_input_nodes if not program.is_const(n)}
+    waiting = list(written)
+    while waiting:
+        node = waiting.pop()
+        near = [n for n in node.all_input_nodes if is_view(node)] + [user for user in node.users if is_view(user)]
+        for other in near:
+            if other not in written:
+                written.add(other)
+                waiting.append(other)
+    return written
 
 
-def _is_elementwise(program: Program, node: fx.Node) -> bool:
-    """An elementwise op whose tensor operands all have the result's shape; other operands are numbers."""
-    if node.op not in ("call_function", "call_method") or node.target not in ELEMENTWISE or mutates(node):
-        return False
-    mine = program.type(node)
-    return bool(node.all_input_nodes) and mine is not None and all(same_shape(program.type(i), mine) for i in node.all_input_nodes)
+_VIEWS = frozenset((
+    "view", "reshape", "transpose", "permute", "t", "mT", "swapaxes", "unsqueeze", "squeeze", "expand", "slice", "narrow", "select", "getitem",
+    "split", "chunk", "unbind", "split_with_sizes", "flatten", "unflatten", "contiguous", "detach", "alias", "to", "type_as", "float", "half",
+    "bfloat16", "dropout",
+))
+"""What may return its operand's memory."""
 
 
-def _cuttable(program: Program, view: LinearView) -> bool:
-    constant = program.is_const(view.params[0]) and (view.bias is None or program.is_const(view.bias))
-    return view.plain and view.layout == "row" and constant
-
-
-# ---- which features matter
-
-
-def _zeros(program: Program, group: Group) -> dict[fx.Node, Tensor]:
-    """bool[features] per value: where it is zero for every input."""
-    zero: dict[fx.Node, Tensor] = {}
-    for value in group.values:
-        inputs = [zero[i] for i in value.all_input_nodes if i in zero]
-        if _is_linear(value):
-            zero[value] = _zero_rows(program, LinearView(value))
-        elif value.target in PRODUCTS:
-            zero[value] = torch.stack(inputs).any(0)
-        elif value.target in KEEPS_ZERO or (value.target in SUMS and len(inputs) == _operands(value)):
-            zero[value] = torch.stack(inputs).all(0)
-        else:
-            zero[value] = torch.zeros(group.features, dtype=torch.bool)
-    return zero
-
-
-def _operands(node: fx.Node) -> int:
-    """How many of the two operands are tensors, counting x + x twice; a number added to zeros fills them."""
-    return len(node.all_input_nodes) if all(isinstance(a, fx.Node) for a in node.args[:2]) else -1
-
-
-def _zero_rows(program: Program, view: LinearView) -> Tensor:
-    zero = (program.const(view.params[0]) == 0).all(1)
-    if view.bias is not None:
-        zero = zero & (program.const(view.bias) == 0)
-    return (zero if ACTIVATIONS[view.epilogue].keeps_zero else torch.zeros_like(zero)).cpu()
-
-
-def live_features(program: Program, group: Group) -> Tensor:
-    """bool[features]: those that are neither zero nor unread by at least one reader. At least one, in whole blocks."""
-    zero = _zeros(program, group)
-    live = torch.zeros(group.features, dtype=torch.bool)
-    for reader in group.readers:
-        live |= ~zero[reader.x] & (program.const(reader.params[0]) != 0).any(0).cpu()
-    step = math.lcm(*(_height(p) for p in group.producers), *(_width(r) for r in group.readers))
-    padded = F.pad(live, (0, -group.features % step))
-    live = padded.view(-1, step).any(1).repeat_interleave(step)[: group.features]
-    if not live.any():
-        live[:step] = True  # kernels need a feature to work on; it contributes 0
-    return live
-
-
-def _height(view: LinearView) -> int:
-    pattern = view.terms[0].zeros
-    return pattern.rows if isinstance(pattern, Block) else 1
-
-
-def _width(view: LinearView) -> int:
-    pattern = view.terms[0].zeros
-    return pattern.cols if isinstance(pattern, Block) else pattern.m if isinstance(pattern, NM) else 1
-
-
-# ---- cutting
-
-
-def _shrink(program: Program, group: Group) -> bool:
-    live = live_features(program, group)
-    kept = int(live.sum())
-    if kept == group.features:
-        return False
-    index = live.nonzero()[:, 0]
-    for view in group.producers:
-        _cut(program, view, index, 0)
-        _note(program, view, f"{group.features - kept} of {group.features} output features dropped: always zero or never read")
-    for view in group.readers:
-        _cut(program, view, index, 1)
-        _note(program, view, f"{group.features - kept} of {group.features} input features dropped: always zero or never read")
-    for value in group.values:
-        found = program.type(value)
-        for key in ("val", "example_value"):
-            value.meta.pop(key, None)
-        if found is not None:
-            value.meta[TYPE_KEY] = found.with_(shape=(*found.shape[:-1], kept))
-    return True
-
-
-def _cut(program: Program, view: LinearView, index: Tensor, dim: int) -> None:
-    """Keep only these rows (0, with the bias) or columns (1) of the weight."""
-    old, term = view.params[0], view.terms[0]
-    weight = program.const(old).detach().index_select(dim, index.to(program.const(old).device))
-    new = program.add_const(str(old.target), weight, program.weight_name(old))
-    region = program.region(view.node)
-    cut = TensorType(term.dtype, tuple(weight.shape), _still(term.zeros, weight))
-    view.replace(params=[new], terms=(cut,))
-    if dim == 0 and view.bias is not None:
-        bias = program.const(view.bias).detach().index_select(0, index.to(weight.device))
-        view.replace(bias=program.add_const(str(view.bias.target), bias, program.weight_name(view.bias)))
-    program.regions[view.node.name] = region
-
-
-def _still(pattern: Pattern, weight: Tensor) -> Pattern:
-    """What the cut weight still satisfies: the zeros that left may have carried the sparsity."""
-    candidates = [pattern, replace(pattern, sparsity=None)] if getattr(pattern, "sparsity", None) is not None else [pattern]
-    return next((p for p in candidates if p.mask_violation(weight) is None), ANY)
-
-
-def _note(program: Program, view: LinearView, text: str) -> None:
-    program.region(view.node).notes.append(text)
+def is_view(node: fx.Node) -> bool:
+    """Whether the node may return its operand's memory."""
+    return node.op in ("call_function", "call_method") and name_of(node) in _VIEWS
