@@ -28,7 +28,7 @@ from sparsecc.passes.context import Context
 from sparsecc.passes.dims import Facts, Stop, constant, unknown
 from sparsecc.passes.links import Key, Link, Masks, Place, Span, Whole, components, settle
 from sparsecc.passes.rules import is_source, rule_of
-from sparsecc.passes.rules.base import Flow, Opaque, name_of, opaque
+from sparsecc.passes.rules.base import Flow, Opaque, Plain, name_of, opaque
 from sparsecc.passes.rules.shape import Split
 from sparsecc.passes.slice import Cutter
 from sparsecc.spec import SparsitySpec
@@ -136,9 +136,8 @@ class Analysis:
         if node in written or mutates(node):
             return self._opaque(node, "it is written to")
         told = any(f.tracked or f.free for n in node.all_input_nodes if n in self.flows for f in self.flows[n].facts.factors)
-        if not told and not is_source(node) and not isinstance(self.flows.get(node.all_input_nodes[0] if node.args else node), Split) \
-                and name_of(node) not in ("split", "chunk", "split_with_sizes", "unbind"):
-            return Flow(self, node, self._unknown(node))
+        if not told and not is_source(node):
+            return Plain(self, node, self._unknown(node))
         if rule is None:
             raise Stop("there is no rule for it")
         return rule(self, node)

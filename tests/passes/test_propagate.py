@@ -66,10 +66,15 @@ def test_nothing_to_drop_changes_nothing() -> None:
     assert tensors_of(program)["up.weight"] is tensors["up.weight"]
 
 
-def test_a_biased_zero_row_stays() -> None:
+def test_a_biased_zero_row_flows_into_the_next_bias() -> None:
     tensors = weights([3], [])
-    tensors["up.bias"][3] = 1
-    assert shapes(propagated(CHAIN, tensors)) == [(16, 8), (4, 16)]
+    tensors["up.bias"][3] = 2
+    program = propagated(CHAIN, tensors)
+    assert shapes(program) == [(15, 8), (4, 15)]
+    down = list(program.linears())[1]
+    assert down.bias is not None
+    torch.testing.assert_close(program.const(down.bias), 2 * tensors["down.weight"][:, 3])
+    assert program.region(down.node).notes == ["1 of 16 input features dropped: always constant or never read"]
 
 
 def test_nan_and_inf_are_not_zero() -> None:
@@ -86,8 +91,8 @@ def test_everything_dead_leaves_one_feature() -> None:
 def test_an_activation_between_that_fills_zeros() -> None:
     text = CHAIN.replace('epilogue="relu"', 'epilogue=""').replace("(h, ", "(s, ")
     text = text.replace("    y:", '    s: "f32[s0, 16]" = aten.sigmoid.default(h)\n    y:')
-    assert shapes(propagated(text, weights([0, 1], [7]))) == [(15, 8), (4, 15)]
-    assert shapes(propagated(text.replace("sigmoid", "tanh"), weights([0, 1], [7]))) == [(13, 8), (4, 13)]
+    for program in (propagated(text, weights([0, 1], [7])), propagated(text.replace("sigmoid", "tanh"), weights([0, 1], [7]))):
+        assert shapes(program) == [(13, 8), (4, 13)]
 
 
 GATED = CHAIN.replace("    y:", """\

@@ -80,6 +80,16 @@ class Opaque(Flow):
                 yield Need(operand, torch.ones_like(self.a.facts(self.node, operand).known), True, self.why)
 
 
+@dataclass(frozen=True)
+class Plain(Flow):
+    """Tells nothing apart, and reads nothing that is: it needs all of its operands, or none."""
+
+    def needs(self, need: Tensor) -> Iterator[Need]:
+        for operand in self.node.all_input_nodes:
+            if operand in self.a.flows:
+                yield Need(operand, torch.ones_like(self.a.flows[operand].facts.known))
+
+
 def opaque(a: Analysis, node: fx.Node, why: str) -> Opaque:
     """For a node without a rule."""
     return Opaque(a, node, unknown(a.shape(node)), why)

@@ -151,6 +151,12 @@ class LastNorm(Flow):
                 y = call(aten.to.dtype, (y, dtype))
         c.instead[self.node] = y
 
+    def _rescale(self, c: Cutter, mask: Tensor, share: float) -> None:
+        """An RMS norm of fewer features: w / sqrt(n / N) with eps * N / n gives what the model's own divisor gave (PAT, Liu et al. 2024)."""
+        assert self.weight is not None
+        weight = c.indexed(self.weight, {0: mask}, share**-0.5)
+        self.node.args, self.node.kwargs = (self.operand, [int(mask.sum())], weight, self.eps / share), {}
+
 
 def last_norm(a: Analysis, node: fx.Node) -> Flow:
     """layer_norm, rms_norm"""
@@ -179,12 +185,6 @@ def last_norm(a: Analysis, node: fx.Node) -> Flow:
         raise Stop("a norm over an axis of which a part is not told apart")
     facts = Facts(made.facts.axes, known.view(sizes).expand(x.known.shape), result.view(sizes).expand(x.known.shape))
     return LastNorm(a, node, facts, operand, weight, bias, eps, centred, uniform, value)
-
-    def _rescale(self, c: Cutter, mask: Tensor, share: float) -> None:
-        """An RMS norm of fewer features: w / sqrt(n / N) with eps * N / n gives what the model's own divisor gave (PAT, Liu et al. 2024)."""
-        assert self.weight is not None
-        weight = c.indexed(self.weight, {0: mask}, share**-0.5)
-        self.node.args, self.node.kwargs = (self.operand, [int(mask.sum())], weight, self.eps / share), {}
 
 
 # ---- per channel

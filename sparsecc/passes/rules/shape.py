@@ -119,6 +119,8 @@ class Reshaped(Flow):
             _set_sizes(self.node, self.operand, shape)
         for axis, chosen in takes:
             c.after(self.node, axis, chosen)
+        if name_of(self.node) == "view" and self.facts.tracked:
+            self.node.target = "reshape" if self.node.op == "call_method" else aten.reshape.default  # strides are others now
 
     def _axis(self, c: Cutter, axis: int) -> tuple[Any, Tensor | None]:
         """(its new size: None if unchanged, -1 if it varies; what is then gathered from it)."""
