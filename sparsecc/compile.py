@@ -190,7 +190,7 @@ def explanation(history: History, options: Options, notes: Mapping[str, Any]) ->
     regions = [program.region(node) for node in shown]
     regions += [program.regions[node.name] for node in program.graph.nodes if node.target in (NEURONS, REQUEST, SCATTER)]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
-    return Explanation(regions, {**header, **notes})
+    return Explanation(regions, {**header, **notes}, steps[-1].program.dims)
 
 
 def _spec_for(program: Program, spec: SparsitySpec) -> SparsitySpec:

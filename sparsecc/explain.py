@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsecc.errors import SpecError
-from sparsecc.ir.program import Region
+from sparsecc.ir.program import DimGroup, Region
 
 WIDTH = 140
 _HEADINGS = ("layer", "N x K", "pattern", "zeros", "format", "bytes / dense", "kernel",
@@ -33,6 +33,7 @@ _DERIVED = ("alternatives", "sparse", "speed_up")
 @dataclass(frozen=True)
 class Explanation:
     """What was decided for each linear, in program order, and `header`: facts on the whole compile, with general "notes" if any.
+    `dims`: the groups of axes that are cut together, where slices are dead.
 
     Of `Region.more` the table reads shape (N, K), m (tokens it was tuned for), zeros (fraction), dense_bytes, predicted_us,
     measured_us, dense_us (microseconds per call), break_even (fraction of zeros); `to_dict` keeps whatever is there.
@@ -40,6 +41,7 @@ class Explanation:
 
     regions: Sequence[Region]
     header: Mapping[str, Any] = field(default_factory=dict)
+    dims: Sequence[DimGroup] = ()
 
     def __str__(self) -> str:
         file = io.StringIO()
@@ -52,6 +54,8 @@ class Explanation:
         parts: list[RenderableType] = [Text("sparsecc  " + "  ".join(f"{k}: {v}" for k, v in facts.items()), "bold")]
         if self.regions:
             parts += _table([_Row(name, members) for name, members in collapse(self.regions)], shared is None)
+        if self.dims:
+            parts += [Text(line) for line in ("", "slices", *merge_texts([_dims_line(group) for group in self.dims]))]
         parts += [Text(line) for line in ("", *self._footer())]
         return Group(*parts)
 
@@ -76,7 +80,8 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: header, totals, and per region its fields, everything in `more`, and `alternatives` (name -> us)."""
-        return _plain({"header": self.header, "totals": self.totals(), "regions": [_region_dict(r) for r in self.regions]})
+        found = {"header": self.header, "totals": self.totals(), "regions": [_region_dict(r) for r in self.regions]}
+        return _plain(found | ({"dims": [vars(group) for group in self.dims]} if self.dims else {}))
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON, which `python -m sparsecc explain` and `load` read."""
@@ -88,7 +93,8 @@ class Explanation:
         if not (isinstance(found, Mapping) and isinstance(found.get("header"), Mapping) and isinstance(found.get("regions"), list)):
             raise SpecError("not a saved explanation: expected what Explanation.save writes, an object with header and regions")
         try:
-            return Explanation([_region(r) for r in found["regions"]], found["header"])
+            dims = [DimGroup(**group | {name: tuple(group[name]) for name in ("readers", "why")}) for group in found.get("dims", ())]
+            return Explanation([_region(r) for r in found["regions"]], found["header"], dims)
         except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"not a saved explanation: a region is malformed ({error})") from error
 
@@ -110,6 +116,17 @@ class Explanation:
             line += f"; {_us(sums['us'])} us in the {sums['timed']} timed ones instead of {_us(sums['dense_us'])} us dense ({gain:.2f}x)"
         notes = self.header.get("notes") or []
         return [line, *(f"note: {note}" for note in ([notes] if isinstance(notes, str) else notes))]
+
+
+def _dims_line(group: DimGroup) -> str:
+    """One line on a dimension group."""
+    text = f"  {group.name}: {group.dropped} of {group.size} dropped"
+    if group.readers:
+        text += f", read by {', '.join(group.readers[:2])}" + (f" and {len(group.readers) - 2} more" if len(group.readers) > 2 else "")
+    if group.why:
+        stay = f"{group.dead - group.dropped} dead ones stay" if group.dead > group.dropped else "some dead ones stay"
+        text += f"; {stay}: {'; '.join(group.why)}"
+    return text
 
 
 def is_sparse(region: Region) -> bool:

@@ -37,6 +37,21 @@ class Region:
 
 
 @dataclass(frozen=True)
+class DimGroup:
+    """What was decided for axes that are cut together, for people to read. `name`: of the weights that make them; `readers`: that read them.
+
+    size, dead and dropped count slices; `why` says what keeps those that are dead and not dropped.
+    """
+
+    name: str
+    size: int
+    dead: int
+    dropped: int
+    readers: tuple[str, ...] = ()
+    why: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LinearView:
     """A sparsecc.linear node by field names: `view.terms`, `view.replace(epilogue="gelu")`."""
 
@@ -109,7 +124,7 @@ class Program:
     """The compiler's view of a model: placeholders and a tuple of outputs, both flat; weights as get_attr.
 
     `stage` names the pass that made it. `origin` maps a constant's attribute to the weight's name in the user's model.
-    `regions` holds a Region per sparsecc.linear, and per convolution, by node name.
+    `regions` holds a Region per sparsecc.linear, and per convolution, by node name; `dims` the dimension groups in which slices are dead.
     """
 
     def __init__(self, gm: fx.GraphModule, stage: str = "capture", origin: Mapping[str, str] | None = None) -> None:
@@ -117,6 +132,7 @@ class Program:
         self.stage = stage
         self.origin: dict[str, str] = dict(origin or {})
         self.regions: dict[str, Region] = {}
+        self.dims: list[DimGroup] = []
         self.symbols: dict[Any, Any] = {}  # torch's symbol -> the name that the program's text gave it
 
     @property
@@ -245,6 +261,7 @@ class Program:
         gm.meta.update(self.gm.meta)
         copy = Program(gm, self.stage, self.origin)
         copy.symbols = dict(self.symbols)
+        copy.dims = list(self.dims)
         renamed = {old.name: new.name for old, new in values.items()}
         for name, region in self.regions.items():
             copy.regions[renamed.get(name, name)] = Region(**(vars(region) | {

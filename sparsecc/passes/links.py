@@ -201,10 +201,12 @@ def settle(masks: Masks, links: Sequence[Link]) -> None:
 
 
 def components(places: Iterable[Place], links: Sequence[Link]) -> Iterator[list[Place]]:
-    """The groups of factors that depend on each other, in the order of their first place."""
+    """The groups of factors that are cut together, in the order of their first place. What is gathered from is not cut with its part."""
     graph: nx.Graph = nx.Graph()
     graph.add_nodes_from(places)
     for link in links:
+        if isinstance(link, Covers):
+            continue
         graph.add_edges_from((link.places[0], other) for other in link.places[1:])
     order = {place: i for i, place in enumerate(graph.nodes)}
     for found in nx.connected_components(graph):

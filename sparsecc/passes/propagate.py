@@ -26,6 +26,7 @@ from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.ir.types import Dim
 from sparsecc.passes.context import Context
 from sparsecc.passes.dims import Facts, Stop, constant, unknown
+from sparsecc.passes.groups import describe
 from sparsecc.passes.links import Key, Link, Masks, Place, Span, Whole, components, settle
 from sparsecc.passes.rules import is_source, rule_of
 from sparsecc.passes.rules.base import Flow, Opaque, Plain, name_of, opaque
@@ -49,6 +50,7 @@ class Propagate:
     def run(self, program: Program, context: Any = None) -> None:
         analysis = Analysis(program, context.spec if isinstance(context, Context) else None)
         masks = analysis.solve()
+        program.dims = describe(analysis, masks)
         if analysis.idle(masks):
             return
         Cutter(analysis, masks).run()
@@ -178,6 +180,10 @@ class Analysis:
         if mask.any():
             self._pinned[node] = self._pinned.get(node, torch.zeros_like(mask)) | mask
             self.pins.setdefault(node, []).append((mask, why))
+
+    def wanted(self, node: fx.Node) -> Tensor:
+        """bool like `known`: what somebody reads."""
+        return self._need.get(node, torch.zeros_like(self.flows[node].facts.known)) | self._pinned.get(node, torch.tensor(False))
 
     def need(self, node: fx.Node) -> Tensor:
         """bool like `known`: what must be there. Constants need not, since who reads them can have them without."""

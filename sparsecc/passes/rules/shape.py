@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from sparsecc.passes.dims import Axes, Facts, Factor, Stop, one, regroup
+from sparsecc.passes.dims import Axes, Facts, Factor, Stop, one, regroup, unknown
 from sparsecc.passes.links import Copies, Link, Same, Span, Whole
 from sparsecc.passes.rules.base import Flow, Need, argument, fixed, moved, name_of, same
 
@@ -301,10 +301,6 @@ class Part(Flow):
             if not x.factors[place].tracked:
                 mask = mask.any(place, keepdim=True)
         yield Need(self.operand, mask)
-        if self.drops:
-            along = torch.zeros(math.prod(sizes), dtype=torch.bool)
-            along[self.start] = True
-            yield Need(self.operand, x.spread(self.axis, along), True, "one entry is selected")
 
     def links(self) -> Iterator[Link]:
         x, key = self.a.facts(self.node, self.operand), self.a.key(self.node, self.operand)
@@ -312,7 +308,9 @@ class Part(Flow):
         for old, factor in enumerate(x.factors):
             if old not in mine and isinstance(factor.size, int):
                 yield Same(Span(self.node, (old if old < mine.start else old + shift,)), Span(key, (old,)))
-        if not (self.whole or self.drops):
+        if self.drops and not self.whole:
+            yield Whole(Span(key, tuple(mine), self.start, self.stop))
+        elif not self.whole:
             yield Same(Span(self.node, (mine.start,)), Span(key, tuple(mine), self.start, self.stop))
 
     def cut(self, c: Cutter) -> None:
@@ -336,7 +334,8 @@ def part(a: Analysis, node: fx.Node, operand: fx.Node, axis: int, start: Any, st
     axis %= len(x.axes)
     places = x.at(axis)
     if not any(x.factors[p].tracked or x.factors[p].free for p in places):
-        new: Axes = x.axes[:axis] + (() if drops else (_plain(a.shape(node)[axis]),),)[drops:] + x.axes[axis + 1 :]
+        left: Axes = () if drops else unknown((a.shape(node)[axis],)).axes
+        new: Axes = x.axes[:axis] + left + x.axes[axis + 1 :]
         keep = [d for i, d in enumerate(x.known.shape) if i not in places]
         if not drops:
             keep[places.start : places.start] = [1] * len(new[axis])
@@ -354,10 +353,6 @@ def part(a: Analysis, node: fx.Node, operand: fx.Node, axis: int, start: Any, st
         raise Stop("a slice of one entry")
     middle: Axes = () if drops else ((Factor(stop - start, True),),)
     return Part(a, node, Facts(x.axes[:axis] + middle + x.axes[axis + 1 :], known, value), operand, axis, start, stop, drops, False)
-
-
-def _plain(size: Any) -> tuple[Factor, ...]:
-    return () if one(size) else (Factor(size),)
 
 
 def slice_(a: Analysis, node: fx.Node) -> Flow:
