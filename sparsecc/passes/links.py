@@ -51,10 +51,14 @@ class Span:
 
     def read(self, masks: Masks) -> Tensor:
         """The entries that stay."""
+        if len(self.factors) == 1:
+            return masks.of[self.key, self.factors[0]][self.start : self.stop]
         return product([masks.of[place] for place in self.places])[self.start : self.stop]
 
     def grow(self, masks: Masks, mask: Tensor) -> bool:
         """Keep entries, and with them whatever a product of factors needs."""
+        if len(self.factors) == 1 and self.start == 0 and self.stop is None:
+            return masks.grow((self.key, self.factors[0]), mask)
         sizes = [len(masks.of[place]) for place in self.places]
         whole = torch.zeros(math.prod(sizes), dtype=torch.bool)
         whole[self.start : self.stop] = mask
@@ -88,6 +92,8 @@ class Same:
 
     def settle(self, masks: Masks) -> bool:
         """Grow until it holds. Whether anything changed."""
+        if torch.equal(self.a.read(masks), self.b.read(masks)):
+            return False
         changed = self.a.grow(masks, self.b.read(masks))
         return self.b.grow(masks, self.a.read(masks)) or changed
 

@@ -30,6 +30,7 @@ from sparsecc.passes.groups import describe
 from sparsecc.passes.links import Key, Link, Masks, Place, Span, Whole, components, settle
 from sparsecc.passes.rules import is_source, rule_of
 from sparsecc.passes.rules.base import Flow, Opaque, Plain, name_of, opaque
+from sparsecc.passes.rules.linear import touched
 from sparsecc.passes.rules.shape import Split
 from sparsecc.passes.slice import Cutter
 from sparsecc.spec import SparsitySpec
@@ -48,6 +49,8 @@ class Propagate:
         return {}
 
     def run(self, program: Program, context: Any = None) -> None:
+        if not promising(program):
+            return
         analysis = Analysis(program, context.spec if isinstance(context, Context) else None)
         masks = analysis.solve()
         program.dims = describe(analysis, masks)
@@ -256,6 +259,29 @@ class Analysis:
         return not any(flow.facts.tracked and bool(flow.facts.known.all()) for flow in self.flows.values())
 
 
+def promising(program: Program) -> bool:
+    """Whether anything may be dead: a zero row or column of a weight, a zero in a vector, a part of a split that nobody uses. Cheap."""
+    seen: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if name_of(node) in SPLITS and len(node.users) < 2:
+            return True
+        for const in node.all_input_nodes:
+            if const not in seen and program.is_const(const):
+                seen.add(const)
+                if _has_dead(program.const(const).detach()):
+                    return True
+    return False
+
+
+def _has_dead(tensor: Tensor) -> bool:
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return False
+    if tensor.ndim < 2:
+        return bool((tensor == 0).any())
+    tensor = tensor.reshape(len(tensor), -1) if tensor.ndim == 2 else tensor.flatten(2).abs().amax(2)
+    return not all(bool(touched(t, torch.ones(len(t), dtype=torch.bool)).all()) for t in (tensor, tensor.t()))
+
+
 def aliases_of_written(program: Program) -> set[fx.Node]:
     """Values that may share memory with one that is written to."""
     written: set[fx.Node] = set()
@@ -272,6 +298,8 @@ def aliases_of_written(program: Program) -> set[fx.Node]:
                 waiting.append(other)
     return written
 
+
+SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
 
 _VIEWS = frozenset((
     "view", "reshape", "transpose", "permute", "t", "mT", "swapaxes", "unsqueeze", "squeeze", "expand", "slice", "narrow", "select", "getitem",

@@ -41,7 +41,7 @@ class Linear(Flow):
         x = self.a.facts(self.node, self.view.x)
         rows = need.reshape(-1, need.shape[-1])
         if len(rows) == 1:
-            columns = nonzero(self.weight[rows[0]]).any(0)[None]
+            columns = touched(self.weight, rows[0])[None]
         else:
             columns = rows.float() @ nonzero(self.weight).float() > 0
         places = x.at(-1)
@@ -82,7 +82,7 @@ def linear(a: Analysis, node: fx.Node) -> Flow:
     x, weight = a.facts(node, view.x), a.program.const(view.params[0]).detach()
     uniform, value = x.vector(-1)
     columns = uniform.to(weight.device)
-    rows = ~nonzero(weight[:, ~columns] if uniform.any() else weight).any(1)
+    rows = ~touched(weight.t(), ~uniform)
     result = torch.zeros(len(weight), dtype=torch.float64)
     if rows.any():
         found = weight[rows.to(weight.device)][:, columns].cpu().double() @ value[uniform]
@@ -96,6 +96,22 @@ def linear(a: Analysis, node: fx.Node) -> Flow:
     shape = (*lead, len(weight)) if len(weight) != 1 else lead
     return Linear(a, node, Facts(axes, rows.expand(shape) if len(weight) != 1 else rows.expand((*lead, 1))[..., 0],
                                  result.expand(shape) if len(weight) != 1 else result.expand((*lead, 1))[..., 0]), uniform, value)
+
+
+FIRST = 64
+"""Rows that settle most columns of a weight: few are zero in all of them without being zero."""
+
+
+def touched(weight: Tensor, rows: Tensor) -> Tensor:
+    """bool [K]: columns of a weight [N, K] that are not zero in all of some rows, bool [N]. Reads a few rows where that will do."""
+    index = rows.nonzero()[:, 0].to(weight.device)
+    if not len(index):
+        return torch.zeros(weight.shape[1], dtype=torch.bool)
+    found = nonzero(weight[index[:FIRST]]).any(0)
+    if len(index) > FIRST and not found.all():
+        rest = (~found).nonzero()[:, 0]
+        found[rest] = nonzero(weight.index_select(1, rest.to(weight.device)).index_select(0, index)).any(0)
+    return found
 
 
 def nonzero(weight: Tensor) -> Tensor:
@@ -129,11 +145,21 @@ def embedding(a: Analysis, node: fx.Node) -> Flow:
         raise Stop("a table that is computed")
     table = a.program.const(weight).detach()
     facts = unknown(a.shape(node), (-1,))
-    if table.shape[1] > 1:
-        known = (table == table[:1]).all(0).cpu()
+    if table.shape[1] > 1 and len(table) > 1:
+        known = _columns_of_one_value(table)
         value = torch.where(known, table[0].cpu().double(), 0.0)
         facts = Facts(facts.axes, known.expand(facts.known.shape), value.expand(facts.known.shape))
     return Embedding(a, node, facts, weight, ids)
+
+
+def _columns_of_one_value(table: Tensor) -> Tensor:
+    """bool [K]: where all rows agree."""
+    found = (table[:FIRST] == table[0]).all(0).cpu()
+    rest = found.nonzero()[:, 0]
+    if len(rest):
+        columns = table.index_select(1, rest.to(table.device))
+        found[rest] = (columns == columns[0]).all(0).cpu()
+    return found
 
 
 @dataclass(frozen=True)
