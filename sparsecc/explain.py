@@ -67,7 +67,7 @@ class Explanation:
     def totals(self) -> dict[str, Any]:
         """Counts, bytes of the weights as compiled and dense, and, over the timed regions, microseconds as compiled and dense."""
         timed = [(took, dense) for r in self.regions if (took := _took(r)) is not None and (dense := r.more.get("dense_us")) is not None]
-        sized = [(_bytes_of(r), r.more["dense_bytes"]) for r in self.regions if r.more.get("dense_bytes") is not None]
+        sized = [(_bytes_of(r), r.more.get("whole_bytes", r.more["dense_bytes"])) for r in self.regions if r.more.get("dense_bytes") is not None]
         return {
             "sparse": sum(map(is_sparse, self.regions)),
             "dense": sum(not is_sparse(r) for r in self.regions),

@@ -147,6 +147,7 @@ class Cutter:
         cut = self.program.const(new)
         view.replace(params=[new], terms=(TensorType(term.dtype, tuple(cut.shape), self._pattern(view, term, cut)),),
                      bias=self.folded_bias(view.bias, old, add, rows))
+        region.more.setdefault("whole_bytes", region.more.get("dense_bytes", weight.numel() * weight.element_size()))
         region.more |= {"shape": tuple(cut.shape), "dense_bytes": cut.numel() * cut.element_size()}
         self._note(view, "output", rows, self.a.flows[view.node].facts.vector(-1)[1])
         self._note(view, "input", columns, value)

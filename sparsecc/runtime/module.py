@@ -165,6 +165,16 @@ class CompiledModule(nn.Module):
         lines = (f"{s.name:<14}{len(s.program.graph.nodes):>6} nodes {1e3 * s.seconds:>9.1f} ms" for s in history.steps)
         return "\n".join(f"{i:02d} {line}" for i, line in enumerate(lines))
 
+    def graph(self, kind: str = "svg", graph: int = 0) -> bytes:
+        """A picture of the compiled program, "png" or "svg": what runs sparse, and what slices have left. Raises SpecError for another kind."""
+        from sparsecc.draw import picture
+
+        history = self._graph(graph).history
+        steps = [step for step in history.steps if step.name != "lower"]
+        names = [step.name for step in steps]
+        before = steps[names.index("propagate") - 1].program if "propagate" in names else None
+        return picture(steps[-1].program, steps[-1].program.regions, kind, before)
+
     def _graph(self, index: int) -> Any:
         graphs = self.graphs
         if not graphs:
