@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -69,11 +68,6 @@ def picture(program: Program, regions: dict[str, Region], kind: str, before: Pro
     return out.getvalue()
 
 
-def save(data: bytes, path: str | Path) -> None:
-    """Write a picture."""
-    Path(path).write_bytes(data)
-
-
 # ---- what is drawn
 
 
@@ -123,7 +117,10 @@ def _sources(program: Program, node: fx.Node, boxes: dict[fx.Node, fx.Node]) -> 
     return list(found)
 
 
-def _clusters(program: Program, boxes: dict[fx.Node, Box]) -> tuple[dict[fx.Node, Box], list[tuple[fx.Node, fx.Node]], dict[fx.Node, fx.Node]]:
+Edges = list[tuple[fx.Node, fx.Node]]
+
+
+def _clusters(program: Program, boxes: dict[fx.Node, Box]) -> tuple[dict[fx.Node, Box], Edges, dict[fx.Node, fx.Node]]:
     """Operations that follow each other and read nothing else, such as those of a norm, as one box; the edges between boxes; and the
     operation that each box ends with."""
     member: dict[fx.Node, fx.Node] = {}
@@ -131,16 +128,18 @@ def _clusters(program: Program, boxes: dict[fx.Node, Box]) -> tuple[dict[fx.Node
     names: dict[fx.Node, list[str]] = {}
     for node, box in boxes.items():
         sources = _sources(program, node, member)
-        home = next((s for s in sources if box.color == OTHER and boxes[s].color == OTHER and all(o is s or o in reads[s] for o in sources)), node)
+        joins = (s for s in sources if box.color == boxes[s].color == OTHER and all(o is s or o in reads[s] for o in sources))
+        home = next(joins, node)
         member[node] = home
         reads.setdefault(home, {}).update((s, None) for s in sources if s is not home)
         names.setdefault(home, []).append(box.text)
-    made = {home: boxes[home] if boxes[home].color != OTHER else Box(home, " ".join(dict.fromkeys(texts)), OTHER) for home, texts in names.items()}
+    made = {home: boxes[home] if boxes[home].color != OTHER else Box(home, " ".join(dict.fromkeys(texts)), OTHER)
+            for home, texts in names.items()}
     last = {home: node for node, home in member.items()}
     return made, [(source, home) for home, sources in reads.items() for source in sources], last
 
 
-def _layout(boxes: dict[fx.Node, Box], edges: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, tuple[float, float]]:
+def _layout(boxes: dict[fx.Node, Box], edges: Edges) -> dict[fx.Node, tuple[float, float]]:
     """Rows by the longest way from an input; in a row, side by side, near what they read."""
     sources: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for source, target in edges:
@@ -153,7 +152,8 @@ def _layout(boxes: dict[fx.Node, Box], edges: list[tuple[fx.Node, fx.Node]]) -> 
     for node in boxes:
         near = [place[s][0] for s in sources[node]]
         wish = round(sum(near) / len(near)) if near else 0
-        column = next(float(c) for step in range(len(boxes) + 1) for c in (wish + step, wish - step) if c >= 0 and c not in taken[row[node]])
+        free = (c for step in range(len(boxes) + 1) for c in (wish + step, wish - step) if c >= 0 and c not in taken[row[node]])
+        column = float(next(free))
         taken[row[node]].append(column)
         place[node] = column, float(row[node])
     return place
@@ -168,8 +168,8 @@ def _edge_text(source: fx.Node, widths: dict[str, Any]) -> tuple[str, bool]:
     now, was = _sizes(source), widths.get(source.name)
     if not was or len(was) != len(now) or [str(a) for a in was] == [str(b) for b in now]:
         return _shape(source), False
-    text = " x ".join(f"{b} of {a}" if isinstance(a, int) and isinstance(b, int) and a != b else str(b) for a, b in zip(was, now, strict=True))
-    return text, any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(was, now, strict=True))
+    cut = [isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(was, now, strict=True)]
+    return " x ".join(f"{b} of {a}" if lost else str(b) for a, b, lost in zip(was, now, cut, strict=True)), any(cut)
 
 
 def _sizes(node: fx.Node) -> list[Any]:

@@ -93,7 +93,7 @@ class Explanation:
         if not (isinstance(found, Mapping) and isinstance(found.get("header"), Mapping) and isinstance(found.get("regions"), list)):
             raise SpecError("not a saved explanation: expected what Explanation.save writes, an object with header and regions")
         try:
-            dims = [DimGroup(**group | {name: tuple(group[name]) for name in ("readers", "why")}) for group in found.get("dims", ())]
+            dims = [DimGroup(**{**group, "readers": tuple(group["readers"]), "why": tuple(group["why"])}) for group in found.get("dims", ())]
             return Explanation([_region(r) for r in found["regions"]], found["header"], dims)
         except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"not a saved explanation: a region is malformed ({error})") from error

@@ -38,7 +38,7 @@ class Region:
 
 @dataclass(frozen=True)
 class DimGroup:
-    """What was decided for axes that are cut together, for people to read. `name`: of the weights that make them; `readers`: that read them.
+    """What was decided for axes that are cut together, for people to read. `name`: the weights that make them; `readers`: that read them.
 
     size, dead and dropped count slices; `why` says what keeps those that are dead and not dropped.
     """

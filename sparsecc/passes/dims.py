@@ -174,7 +174,7 @@ def _quotient(a: Dim, b: Dim) -> Dim | None:
 
 @dataclass(frozen=True)
 class Aligned:
-    """Values side by side, as broadcasting sees them. `axes`: of the result. `joined[j]`: axes that operands cut differently are one factor.
+    """Values side by side, as broadcasting sees them. `axes`: of the result. `joined[j]`: an axis that operands cut differently is one factor.
 
     `parts[i][j]`: operand i's own factors on axis j of the result, () where it is broadcast.
     """
@@ -202,7 +202,7 @@ class Aligned:
         return known.expand(wide).reshape(shape), value.expand(wide).reshape(shape)
 
     def lower(self, mask: Tensor, facts: Facts, operand: int) -> Tensor:
-        """bool with a dimension per factor of the result, as an array like the operand's `known`: set where any of what it stands for is."""
+        """bool with a dimension per factor of the result, as an array like the operand's `known`: set where any that it stands for is."""
         shape: list[int] = []
         place, drop = 0, []
         for mine, whole, joined in zip(self.parts[operand], self.axes, self.joined, strict=True):

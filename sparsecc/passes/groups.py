@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, fx
 
 from sparsecc.ir.ops import LINEAR
@@ -83,7 +82,10 @@ def _readers(a: Analysis, group: list[Place]) -> list[str]:
 def weight_of(a: Analysis, node: fx.Node) -> str:
     """The module whose weight a node has."""
     flow = a.flows[node]
-    weight = LinearView(node).params[0] if node.target is LINEAR else flow.weight if isinstance(flow, Embedding) else argument(node, 1, "weight")
+    if node.target is LINEAR:
+        weight = LinearView(node).params[0]
+    else:
+        weight = flow.weight if isinstance(flow, Embedding) else argument(node, 1, "weight")
     return a.program.weight_name(weight).removesuffix(".weight")
 
 
@@ -92,5 +94,3 @@ def _joined(names: list[str]) -> str:
     text = joint_name(names[:MANY]) if names else ""
     return text if len(names) <= MANY else f"{text} and {len(names) - MANY} more"
 
-
-_ = torch

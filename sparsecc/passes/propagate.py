@@ -5,8 +5,8 @@
     -->
     h = linear(x, [w1 without row i], b1 without i, epilogue="relu");  y = linear(h, [w2 without column i], b2 + what h[i] added)
 
-SparTA (Zheng et al., OSDI 2022) propagates such attributes through a graph; here they are facts on the factors of axes (see `dims`), so that
-channels, heads and neurons keep their identity through reshapes. Per op one rule (see `rules`) says: what is constant (forward), what is
+SparTA (Zheng et al., OSDI 2022) propagates such attributes through a graph; here they are facts on the factors of axes (see `dims`), so
+that channels, heads and neurons keep their identity through reshapes. Per op one rule (see `rules`) says: what is constant (forward), what is
 needed (backward), and what must be cut together (`links`). The smallest choice that holds all that is needed is cut by `slice`.
 
 Exact: zeros in weights count as exactly 0 (see ir/ops.py). Rows and columns go in whole blocks of the patterns involved.

@@ -20,7 +20,7 @@ from sparsecc.formats import ANY, Pattern, measure
 from sparsecc.ir.program import LinearView, Program
 from sparsecc.ir.types import TensorType
 from sparsecc.passes.dims import Facts
-from sparsecc.passes.links import Key, Masks, Span, product
+from sparsecc.passes.links import Key, Masks, Span
 
 if TYPE_CHECKING:
     from sparsecc.passes.propagate import Analysis
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 class Cutter:
-    """Cuts a program to `masks`. What takes the place of a node stands in `instead` until the end, so that rules see the program as it was."""
+    """Cuts a program to `masks`. What takes a node's place stands in `instead` until the end: rules see the program as it was."""
 
     def __init__(self, a: Analysis, masks: Masks) -> None:
         self.a, self.masks = a, masks

@@ -166,7 +166,9 @@ class CompiledModule(nn.Module):
         return "\n".join(f"{i:02d} {line}" for i, line in enumerate(lines))
 
     def graph(self, kind: str = "svg", graph: int = 0) -> bytes:
-        """A picture of the compiled program, "png" or "svg": what runs sparse, and what slices have left. Raises SpecError for another kind."""
+        """A picture of the compiled program, "png" or "svg": what runs sparse, and what slices have left.
+
+        Raises SpecError for another kind, TargetError without matplotlib."""
         from sparsecc.draw import picture
 
         history = self._graph(graph).history

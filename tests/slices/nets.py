@@ -1,7 +1,7 @@
 """Random networks with dead slices, and their ideal: the same network built without them.
 
-A network is built twice from one recipe: with all sizes, and with the sizes that are left when the dead slices are gone. The second says how
-many FLOPs are needed at least; it is made without looking at any weight. `kill` then makes the slices of the first dead, from either side.
+A network is built twice from one recipe: with all sizes, and with those that are left when the dead slices are gone. The second says how many
+FLOPs are needed at least; it is made without looking at any weight. `kill` then makes the slices of the first dead, from either side.
 """
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "hardswish": F.hardswish, "softplus": F.softplus,
+    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "hardswish": F.hardswish,
+    "softplus": F.softplus,
 }
 
 
@@ -274,8 +275,8 @@ class Convs(nn.Module):
         return self.head(F.adaptive_avg_pool2d(y, 2).flatten(1))
 
     def kill(self, dead: Dead) -> None:
-        """A channel dies where it is made, behind the norm; zeros alone pass padding, and depthwise filters make other constants of them."""
-        gone = self._kill_first(dead)
+        """A channel dies where it is made, in the norm; only zeros pass padding, and depthwise filters make other constants of them."""
+        self._kill_first(dead)
         b, c = dead.draw("b", self.wide) if self.middle == "plain" else [], dead.draw("c", self.wide)
         residual = self.join == "residual" and self.middle == "plain"
         if self.middle == "plain":
@@ -283,21 +284,17 @@ class Convs(nn.Module):
         if residual:
             self._norm_zero(self.bn2, b, True)
             return
-        if self.middle in ("depthwise", "none"):
-            self.head_columns = gone
         self._norm_zero(self.bn2, c, dead.rng.random() < 0.5)
 
-    def _kill_first(self, dead: Dead) -> list[int]:
+    def _kill_first(self, dead: Dead) -> None:
         if self.middle == "grouped":
             groups, outs = dead.draw("groups", 4), dead.draw("group.out", 3)
-            gone = [2 * g + i for g in groups for i in (0, 1)]
             zero_rows(self.mid, [3 * g + i for g in groups for i in range(3)] + [3 * g + i for g in range(4) for i in outs], True)
-            return gone
+            return
         gone = dead.draw("a", self.width)
         self._norm_zero(self.bn, gone, self.middle != "none" and self.pad == 1)
         if self.middle == "depthwise":
             zero_rows(self.mid, gone, True)
-        return gone
 
     def _norm_zero(self, bn: nn.BatchNorm2d, channels: list[int], shift: bool) -> None:
         bn.weight.data[channels] = 0

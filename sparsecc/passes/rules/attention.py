@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from sparsecc.passes.dims import Aligned, Axes, Facts, Factor, Stop, align, of_axes
+from sparsecc.passes.dims import Aligned, Axes, Factor, Facts, Stop, align, of_axes
 from sparsecc.passes.links import Copies, Covers, Key, Link, Same, Span
 from sparsecc.passes.rules.base import Flow, Need, argument, moved
 
@@ -197,9 +197,8 @@ class Attention(Product):
     """softmax(scale * q k^T + mask) v in [.., S, Sk, D, Dv]; `mask`: the fourth side, which is gathered from."""
 
     def needs(self, need: Tensor) -> Iterator[Need]:
-        raised, D, Dv = self.raised(need), *self.at_ends()
-        rows = raised
-        for place in Dv:
+        raised = rows = self.raised(need)
+        for place in self.at(len(self.space.axes) - 1):
             rows = rows.any(place, keepdim=True)
         live = rows & ~self.zero(0) & ~self.zero(1)
         for side in (0, 1):
@@ -212,11 +211,6 @@ class Attention(Product):
         yield Need(one.node, lowered)
         if len(self.sides) > 3:
             yield Need(self.sides[3].node, self.space.lower(rows, self.sides[3].facts, 3))
-
-    def at_ends(self) -> tuple[range, range]:
-        """Positions of D and Dv in the space."""
-        last = len(self.space.axes)
-        return self.at(last - 2), self.at(last - 1)
 
     def links(self) -> Iterator[Link]:
         yield from replace(self, sides=self.sides[:3]).product_links()

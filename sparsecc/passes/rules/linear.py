@@ -40,10 +40,7 @@ class Linear(Flow):
     def needs(self, need: Tensor) -> Iterator[Need]:
         x = self.a.facts(self.node, self.view.x)
         rows = need.reshape(-1, need.shape[-1])
-        if len(rows) == 1:
-            columns = touched(self.weight, rows[0])[None]
-        else:
-            columns = rows.float() @ nonzero(self.weight).float() > 0
+        columns = torch.stack([touched(self.weight, row) for row in rows])
         places = x.at(-1)
         mask = columns.reshape([*need.shape[:-1], *(int(x.factors[p].size) for p in places)])
         for place in places:

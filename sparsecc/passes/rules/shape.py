@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from sparsecc.passes.dims import Axes, Facts, Factor, Stop, one, regroup, unknown
+from sparsecc.passes.dims import Axes, Factor, Facts, Stop, one, regroup, unknown
 from sparsecc.passes.links import Copies, Link, Same, Span, Whole
 from sparsecc.passes.rules.base import Flow, Need, argument, fixed, moved, name_of, same
 
