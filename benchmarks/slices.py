@@ -134,7 +134,8 @@ def measure(threads: int, seq: int, seconds: float, contestants: int = 3, seed: 
     row["flops"] = {"dense": dense_flops, "ideal": ideal, "sparsecc": flops(program)}
     row["bytes"] = {"dense": bytes_of(model.parameters()), "ideal": bytes_of(less.parameters()), "sparsecc": program_bytes(program)}
     runs = {"sparsecc": lambda: compiled(**call)}
-    for name, of, freezing in (("small compile", less, False), ("dense compile", zeros, False), ("small freezing", less, True))[:contestants]:
+    others = (("small compile", less, False), ("dense compile", zeros, False), ("small freezing", less, True))
+    for name, of, freezing in others[:contestants]:
         fn = torch.compile(of, options={"freezing": True} if freezing else None)
         with inductor.patch(freezing=freezing), torch.no_grad():
             fn(**call)

@@ -67,7 +67,8 @@ class Explanation:
     def totals(self) -> dict[str, Any]:
         """Counts, bytes of the weights as compiled and dense, and, over the timed regions, microseconds as compiled and dense."""
         timed = [(took, dense) for r in self.regions if (took := _took(r)) is not None and (dense := r.more.get("dense_us")) is not None]
-        sized = [(_bytes_of(r), r.more.get("whole_bytes", r.more["dense_bytes"])) for r in self.regions if r.more.get("dense_bytes") is not None]
+        dense = [(r, r.more.get("whole_bytes", r.more.get("dense_bytes"))) for r in self.regions]
+        sized = [(_bytes_of(r), whole) for r, whole in dense if whole is not None]
         return {
             "sparse": sum(map(is_sparse, self.regions)),
             "dense": sum(not is_sparse(r) for r in self.regions),
@@ -93,7 +94,7 @@ class Explanation:
         if not (isinstance(found, Mapping) and isinstance(found.get("header"), Mapping) and isinstance(found.get("regions"), list)):
             raise SpecError("not a saved explanation: expected what Explanation.save writes, an object with header and regions")
         try:
-            dims = [DimGroup(**{**group, "readers": tuple(group["readers"]), "why": tuple(group["why"])}) for group in found.get("dims", ())]
+            dims = [DimGroup(**{**g, "readers": tuple(g["readers"]), "why": tuple(g["why"])}) for g in found.get("dims", ())]
             return Explanation([_region(r) for r in found["regions"]], found["header"], dims)
         except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"not a saved explanation: a region is malformed ({error})") from error

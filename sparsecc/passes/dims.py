@@ -174,7 +174,7 @@ def _quotient(a: Dim, b: Dim) -> Dim | None:
 
 @dataclass(frozen=True)
 class Aligned:
-    """Values side by side, as broadcasting sees them. `axes`: of the result. `joined[j]`: an axis that operands cut differently is one factor.
+    """Values side by side, as broadcasting sees them. `axes`: the result's. `joined[j]`: operands cut axis j differently, it is one factor.
 
     `parts[i][j]`: operand i's own factors on axis j of the result, () where it is broadcast.
     """

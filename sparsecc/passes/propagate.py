@@ -6,8 +6,8 @@
     h = linear(x, [w1 without row i], b1 without i, epilogue="relu");  y = linear(h, [w2 without column i], b2 + what h[i] added)
 
 SparTA (Zheng et al., OSDI 2022) propagates such attributes through a graph; here they are facts on the factors of axes (see `dims`), so
-that channels, heads and neurons keep their identity through reshapes. Per op one rule (see `rules`) says: what is constant (forward), what is
-needed (backward), and what must be cut together (`links`). The smallest choice that holds all that is needed is cut by `slice`.
+that channels, heads and neurons keep their identity through reshapes. Per op one rule (see `rules`) says what is constant (forward), what
+is needed (backward), and what must be cut together (`links`). The smallest choice that holds all that is needed is cut by `slice`.
 
 Exact: zeros in weights count as exactly 0 (see ir/ops.py). Rows and columns go in whole blocks of the patterns involved.
 """
@@ -73,6 +73,7 @@ class Analysis:
         self._tables: dict[fx.Node, Facts] = {}
         self._need: dict[fx.Node, Tensor] = {}
         self._pinned: dict[fx.Node, Tensor] = {}
+        self._held: dict[fx.Node, Tensor] = {}
         self._forward()
         self._backward()
 
@@ -176,7 +177,9 @@ class Analysis:
                     continue
                 if one.pin:
                     self._pin(one.operand, one.mask, one.why)
-                else:
+                if one.held:
+                    self._held[one.operand] = self._held.get(one.operand, torch.zeros_like(one.mask)) | one.mask
+                if not one.pin:
                     self._need[one.operand] = self._need.get(one.operand, torch.zeros_like(one.mask)) | one.mask
 
     def _pin(self, node: fx.Node, mask: Tensor, why: str) -> None:
@@ -186,7 +189,9 @@ class Analysis:
 
     def wanted(self, node: fx.Node) -> Tensor:
         """bool like `known`: what somebody reads."""
-        return self._need.get(node, torch.zeros_like(self.flows[node].facts.known)) | self._pinned.get(node, torch.tensor(False))
+        nothing = torch.zeros_like(self.flows[node].facts.known)
+        pinned = self._pinned.get(node, nothing) & ~self._held.get(node, nothing)
+        return self._need.get(node, nothing) | pinned
 
     def need(self, node: fx.Node) -> Tensor:
         """bool like `known`: what must be there. Constants need not, since who reads them can have them without."""
@@ -302,9 +307,8 @@ def aliases_of_written(program: Program) -> set[fx.Node]:
 SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
 
 _VIEWS = frozenset((
-    "view", "reshape", "transpose", "permute", "t", "mT", "swapaxes", "unsqueeze", "squeeze", "expand", "slice", "narrow", "select", "getitem",
-    "split", "chunk", "unbind", "split_with_sizes", "flatten", "unflatten", "contiguous", "detach", "alias", "to", "type_as", "float", "half",
-    "bfloat16", "dropout",
+    "view", "reshape", "transpose", "permute", "t", "mT", "swapaxes", "unsqueeze", "squeeze", "expand", "slice", "narrow", "select",
+    "getitem", "flatten", "unflatten", "contiguous", "detach", "alias", "to", "type_as", "float", "half", "bfloat16", "dropout", *SPLITS,
 ))
 """What may return its operand's memory."""
 

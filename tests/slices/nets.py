@@ -1,6 +1,6 @@
 """Random networks with dead slices, and their ideal: the same network built without them.
 
-A network is built twice from one recipe: with all sizes, and with those that are left when the dead slices are gone. The second says how many
+A network is built twice from one recipe: with all sizes, and with those that are left without the dead slices. The second says how many
 FLOPs are needed at least; it is made without looking at any weight. `kill` then makes the slices of the first dead, from either side.
 """
 from __future__ import annotations

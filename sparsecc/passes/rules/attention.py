@@ -116,8 +116,7 @@ class Product(Flow):
         for i, side in enumerate(self.sides):
             yield from self.space_links(i, side.key, covers=False)
             if side.times > 1:
-                head = side.facts.at(-5 if len(self.kept) + 2 == len(self.space.axes) else -3)
-                yield Copies(Span(side.key, tuple(head)), self.span(side.node, -3), side.times)
+                yield Copies(Span(side.key, tuple(side.facts.at(-5))), self.span(side.node, -3), side.times)
         own = 0
         for axis in self.kept:
             for place in self.at(axis):
@@ -223,12 +222,12 @@ class Attention(Product):
 
     def cut(self, c: Cutter) -> None:
         super().cut(c)
-        given = dict(zip(_NAMES, self.node.args, strict=False)) | self.node.kwargs
+        given: dict[str, Any] = dict(zip(_NAMES, self.node.args, strict=False)) | self.node.kwargs
         q = given["query"]
         head = self.a.facts(self.node, q)
         if c.count(self.a.key(self.node, q), head, -1) is not None and given.get("scale") is None:
             given["scale"] = 1 / math.sqrt(int(head.length(-1)))  # of the features that the model had
-        if len(self.sides) > 3:
+        if len(self.sides) > 3 and not self.a.program.is_const(given["attn_mask"]):
             given["attn_mask"] = self._gathered_mask(c, given["attn_mask"])
         if any(side.times > 1 for side in self.sides):
             self._regroup(c, given)
@@ -263,7 +262,8 @@ def attention(a: Analysis, node: fx.Node) -> Flow:
     given: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
     if given.get("dropout_p"):
         raise Stop("dropout in training")
-    q_node, k_node, v_node, mask_node = (given.get(name) for name in _NAMES[:4])
+    nodes: list[Any] = [given.get(name) for name in _NAMES[:4]]
+    q_node, k_node, v_node, mask_node = nodes
     q, k, v = (a.facts(node, n) for n in (q_node, k_node, v_node))
     S, Sk, D, Dv = a.shape(q_node)[-2], a.shape(k_node)[-2], a.shape(q_node)[-1], a.shape(v_node)[-1]
     sides = [Side(q_node, _spaced(_spaced(q, len(q.axes) - 1), len(q.axes) + 1), a.key(node, q_node))]

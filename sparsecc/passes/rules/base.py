@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Need:
-    """Entries of an operand that matter (an array like its `known`). pin: even where they are constants, because of `why`."""
+    """Entries of an operand that matter (an array like its `known`). pin: even where they are constants, because of `why`; held: although
+    nobody reads them."""
 
     operand: fx.Node
     mask: Tensor
     pin: bool = False
     why: str = ""
+    held: bool = False
 
 
 @dataclass(frozen=True)

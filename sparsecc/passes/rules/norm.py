@@ -152,7 +152,7 @@ class LastNorm(Flow):
         c.instead[self.node] = y
 
     def _rescale(self, c: Cutter, mask: Tensor, share: float) -> None:
-        """An RMS norm of fewer features: w / sqrt(n / N) with eps * N / n gives what the model's own divisor gave (PAT, Liu et al. 2024)."""
+        """An RMS norm of n of N features: w / sqrt(n / N) with eps * N / n keeps the model's divisor (as PAT, Liu et al. 2024, does)."""
         assert self.weight is not None
         weight = c.indexed(self.weight, {0: mask}, share**-0.5)
         self.node.args, self.node.kwargs = (self.operand, [int(mask.sum())], weight, self.eps / share), {}
@@ -160,7 +160,8 @@ class LastNorm(Flow):
 
 def last_norm(a: Analysis, node: fx.Node) -> Flow:
     """layer_norm, rms_norm"""
-    operand, centred = node.args[0], name_of(node) == "layer_norm"
+    operand: Any = node.args[0]
+    centred = name_of(node) == "layer_norm"
     shape, weight = argument(node, 1, "normalized_shape"), argument(node, 2, "weight")
     bias = argument(node, 3, "bias") if centred else None
     eps = argument(node, 4, "eps", 1e-5) if centred else argument(node, 3, "eps")
@@ -226,7 +227,7 @@ def batch_norm(a: Analysis, node: fx.Node) -> Flow:
         names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
     else:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     weight, bias, mean, var = (given.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
     if given.get("training") or mean is None or not all(a.program.is_const(w) for w in (weight, bias, mean, var) if w is not None):
         raise Stop("a batch norm in training, or with weights that are computed")
@@ -258,7 +259,8 @@ class GroupNorm(PerChannel):
     def needs(self, need: Tensor) -> Iterator[Need]:
         place = self.facts.at(1)[0]
         grouped = need.unflatten(place, (self.groups, -1)).any(place + 1).repeat_interleave(need.shape[place] // self.groups, place)
-        yield Need(self.operand, grouped, True, "part of a group norm's statistics")
+        yield Need(self.operand, need)
+        yield Need(self.operand, grouped, True, "part of a group norm's statistics", True)
 
     def cut(self, c: Cutter) -> None:
         super().cut(c)

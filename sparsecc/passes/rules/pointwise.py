@@ -21,8 +21,8 @@ PRODUCTS = ("mul", "multiply")
 SUMS = ("add", "sub", "iadd", "isub")
 NAMES = frozenset((
     "relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "mish", "softplus", "elu", "selu", "celu",
-    "leaky_relu", "exp", "log", "erf", "sqrt", "rsqrt", "square", "sin", "cos", "neg", "abs", "pow", "clamp", "clamp_min", "clamp_max", "where",
-    "masked_fill", "truediv", "div", "reciprocal", "maximum", "minimum", "log_sigmoid", "logsigmoid", "rsub", *PRODUCTS, *SUMS,
+    "leaky_relu", "exp", "log", "erf", "sqrt", "rsqrt", "square", "sin", "cos", "neg", "abs", "pow", "clamp", "clamp_min", "clamp_max",
+    "where", "masked_fill", "truediv", "div", "reciprocal", "maximum", "minimum", "log_sigmoid", "logsigmoid", "rsub", *PRODUCTS, *SUMS,
 ))
 """Functions and methods that torch does not tag as such."""
 
@@ -75,6 +75,8 @@ class Pointwise(Flow):
     def _fold(self, c: Cutter, operand: fx.Node) -> None:
         """The constant in the place of what computed it; x + 0 is x."""
         value = c.reduced(operand, self.a.facts(self.node, operand))
+        if value is None:
+            return
         if not value.any() and (rest := self._neutral(operand)) is not None:
             c.instead[self.node] = rest
             return

@@ -94,13 +94,13 @@ class Reshaped(Flow):
     def links(self) -> Iterator[Link]:
         key, x = self.a.key(self.node, self.operand), self.a.facts(self.node, self.operand)
         made: dict[int, list[int]] = {}
-        for new, pieces in enumerate(self.pieces):
-            if len(pieces) > 1:
-                times = math.prod(int(self.sizes[p]) for p in pieces[1:])
-                yield Copies(Span(self.node, (new,)), Span(key, (self.origin[pieces[0]],)), times)
-                yield Whole(Span(key, (self.origin[pieces[1]],)))  # copies are made in full, and gathered from
+        for new, (first, *copies) in enumerate(self.pieces):
+            if copies:
+                times = math.prod(int(self.sizes[p]) for p in copies)
+                yield Copies(Span(self.node, (new,)), Span(key, (self.origin[first],)), times)
+                yield Whole(Span(key, (self.origin[copies[0]],)))  # copies are made in full, and gathered from
             else:
-                made.setdefault(self.origin[pieces[0]], []).append(new)
+                made.setdefault(self.origin[first], []).append(new)
         for old, new in made.items():
             if isinstance(x.factors[old].size, int):
                 yield Same(Span(self.node, tuple(new)), Span(key, (old,)))
