@@ -17,7 +17,7 @@ PIPELINE: tuple[Pass, ...] = (
     Canonicalize(),  # one op for every linear
     Select(),        # which zeros each weight has, or must have
     Skip(),          # neurons and tokens that are skipped at run time
-    Propagate(),     # what they make useless elsewhere
+    Propagate(),     # what they make useless elsewhere leaves
     Convolve(),      # pictures with sparse convolutions into sequences of pixels
     Fuse(),          # neighbours into the op
     Pack(),          # the fastest storage, or dense where none pays

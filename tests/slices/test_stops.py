@@ -1,4 +1,4 @@
-"""What must not be cut, or only with care: outputs, ops without a rule, writes, shared weights, norms, padding, groups; and what is said."""
+"""What must not be cut, or only with care: outputs, ops without a rule, writes, shared weights, norms, padding, groups; what is said."""
 from __future__ import annotations
 
 from typing import Any
