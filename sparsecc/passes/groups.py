@@ -91,6 +91,6 @@ def weight_of(a: Analysis, node: fx.Node) -> str:
 
 def _joined(names: list[str]) -> str:
     names = list(dict.fromkeys(names))
-    text = joint_name(names[:MANY]) if names else ""
+    text = joint_name(names[:MANY]) if len(names) > 1 else "".join(names)
     return text if len(names) <= MANY else f"{text} and {len(names) - MANY} more"
 

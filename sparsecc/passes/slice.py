@@ -161,7 +161,8 @@ class Cutter:
 
     def _pattern(self, view: LinearView, term: TensorType, weight: Tensor) -> Pattern:
         """What is known of the zeros that are left: looked at anew where they were found and not asked for."""
-        if term.zeros == ANY or self.a.required(view):
+        gone = 0 in getattr(term.zeros, "extents", ())  # whole rows or columns: these have left
+        if term.zeros == ANY or (self.a.required(view) and not gone):
             return still(term.zeros, weight)
         found = measure(weight)
         self.program.region(view.node).more["zeros"] = 1 - found.density
