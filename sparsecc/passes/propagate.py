@@ -68,7 +68,6 @@ class Analysis:
         self.flows: dict[fx.Node, Flow] = {}
         self.stops: dict[fx.Node, str] = {}
         self.pins: dict[Key, list[tuple[Tensor, str]]] = {}
-        self.sizes: dict[str, tuple[int, int]] = {}
         self.constants: dict[tuple[fx.Node, fx.Node], Facts] = {}
         self._tables: dict[fx.Node, Facts] = {}
         self._need: dict[fx.Node, Tensor] = {}
@@ -134,6 +133,9 @@ class Analysis:
             except Stop as stop:
                 self.stops[node] = str(stop)
                 self.flows[node] = self._opaque(node, f"{node.target}: {stop}")
+            except (IndexError, TypeError, ValueError, KeyError) as error:  # arguments in a form that its rule does not know
+                self.stops[node] = f"its rule does not take these arguments: {error}"
+                self.flows[node] = self._opaque(node, f"{node.target}: {self.stops[node]}")
 
     def _flow(self, node: fx.Node, written: set[fx.Node]) -> Flow:
         if node.op in ("placeholder", "get_attr"):

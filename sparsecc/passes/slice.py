@@ -170,10 +170,6 @@ class Cutter:
         self.program.region(view.node).pattern = "" if pattern == ANY else str(pattern)
         return pattern
 
-    def note(self, weight: fx.Node, rows: Tensor, columns: Tensor) -> None:
-        """What left a weight that has no region."""
-        self.a.sizes[self.program.weight_name(weight)] = (int(rows.sum()), int(columns.sum()))
-
     # ---- more nodes
 
     def take(self, user: fx.Node, x: fx.Node, axis: int, index: Tensor) -> fx.Node:

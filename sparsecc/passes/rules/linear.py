@@ -219,7 +219,6 @@ class Conv(Flow):
             else:
                 kwargs["groups"] = int(stays.sum())
         self.node.args, self.node.kwargs = tuple(args), kwargs
-        c.note(weight, rows, columns)
 
     def _constant(self, gone: Tensor) -> Tensor | None:
         """f64 [O]: what channels that leave add to every output, None for nothing."""
