@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsecc.formats import ANY, Pattern
 from sparsecc.ir.effects import is_impure, mutates
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.ir.types import Dim
 from sparsecc.passes.context import Context
+from sparsecc.passes.convolution import ConvView
 from sparsecc.passes.dims import Facts, Stop, constant, unknown
 from sparsecc.passes.groups import describe
 from sparsecc.passes.links import Key, Link, Masks, Place, Span, Whole, components, settle
@@ -32,6 +34,7 @@ from sparsecc.passes.rules import is_source, rule_of
 from sparsecc.passes.rules.base import Flow, Opaque, Plain, name_of, opaque
 from sparsecc.passes.rules.linear import touched
 from sparsecc.passes.rules.shape import Split
+from sparsecc.passes.select import zeros_of_convolution
 from sparsecc.passes.slice import Cutter
 from sparsecc.spec import SparsitySpec
 
@@ -120,6 +123,11 @@ class Analysis:
         if self.spec is None:
             return True
         return self.spec.rule_for(self.program.weight_name(view.params[0]).removesuffix(".weight")).pattern is not None
+
+    def conv_pattern(self, node: fx.Node) -> Pattern:
+        """What is known of a convolution's zeros, as a matrix [out, in * kh * kw]."""
+        view = ConvView.of(self.program, node)
+        return ANY if view is None else zeros_of_convolution(self.program, view, self.spec or SparsitySpec(), enforce=False)
 
     # ---- forward
 

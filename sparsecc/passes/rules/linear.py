@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from sparsecc.formats import NM, Block
+from sparsecc.formats import NM, Block, Pattern
 from sparsecc.ir.ops import ACTIVATIONS
 from sparsecc.ir.program import LinearView
 from sparsecc.passes.dims import Facts, Stop, unknown
@@ -55,12 +55,7 @@ class Linear(Flow):
         for place in range(len(x.factors) - len(x.axes[-1])):
             if isinstance(x.factors[place].size, int):
                 yield Same(Span(self.node, (place,)), Span(key, (place,)))
-        pattern = self.view.terms[0].zeros
-        height, width = (pattern.rows, pattern.cols) if isinstance(pattern, Block) else (1, pattern.m if isinstance(pattern, NM) else 1)
-        if height > 1:
-            yield Blocks(self.own(-1), height)
-        if width > 1:
-            yield Blocks(self.span(self.view.x, -1), width)
+        yield from aligned_to(self.view.terms[0].zeros, self.own(-1), self.span(self.view.x, -1), 1)
 
     def cut(self, c: Cutter) -> None:
         x = self.view.x
@@ -93,6 +88,15 @@ def linear(a: Analysis, node: fx.Node) -> Flow:
     shape = (*lead, len(weight)) if len(weight) != 1 else lead
     return Linear(a, node, Facts(axes, rows.expand(shape) if len(weight) != 1 else rows.expand((*lead, 1))[..., 0],
                                  result.expand(shape) if len(weight) != 1 else result.expand((*lead, 1))[..., 0]), uniform, value)
+
+
+def aligned_to(pattern: Pattern, rows: Span, columns: Span, taps: int) -> Iterator[Link]:
+    """Blocks and N:M groups of a weight stay aligned; each of `columns` is `taps` columns of it."""
+    height, width = (pattern.rows, pattern.cols) if isinstance(pattern, Block) else (1, pattern.m if isinstance(pattern, NM) else 1)
+    if height > 1:
+        yield Blocks(rows, height)
+    if taps % width:
+        yield Blocks(columns, width // math.gcd(width, taps))
 
 
 FIRST = 64
@@ -191,6 +195,9 @@ class Conv(Flow):
     def links(self) -> Iterator[Link]:
         if self.groups > 1:
             yield Groups(self.span(self.x, self.axis), self.own(self.axis), self.groups)
+        else:
+            taps = math.prod(self.weight.shape[2:])
+            yield from aligned_to(self.a.conv_pattern(self.node), self.own(self.axis), self.span(self.x, self.axis), taps)
         x, key = self.a.facts(self.node, self.x), self.a.key(self.node, self.x)
         for place in range(x.at(self.axis).start):
             if isinstance(x.factors[place].size, int):
