@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; models come from installed packages
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is: the threads of two workers share the cores, so none may spin
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # silences a warning, changes no code
 
 from collections.abc import Iterator
