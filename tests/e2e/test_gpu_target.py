@@ -108,7 +108,7 @@ def contest_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: Callable[
     model = pruned("unstructured(0.9)", torch.float32)
     weight = model[0].weight.detach()  # type: ignore[union-attr]
     tuner = GpuTuner(TritonBackend(device_of("cuda:sm_90")), "device", cache=TuneCache(tmp_path))
-    problem = Problem("layer", weight, tuple(tuner.formats(parse_pattern("unstructured(0.9)"), weight, None, 64)), 64, "", False)
+    problem = Problem("layer", weight, tuple(tuner.formats(parse_pattern("unstructured(0.9)"), weight, None, 64, None)), 64, "", False)
 
     def kernel(formats: Any, epilogue: str, residual: bool, layout: str, shape: Any, config: str, *more: Any) -> tuple[str, Any]:
         tried.append(config)

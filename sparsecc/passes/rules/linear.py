@@ -39,6 +39,8 @@ class Linear(Flow):
 
     def needs(self, need: Tensor) -> Iterator[Need]:
         x = self.a.facts(self.node, self.view.x)
+        if not self.facts.axes[-1]:  # one output feature
+            need = need.unsqueeze(-1)
         rows = need.reshape(-1, need.shape[-1])
         columns = torch.stack([touched(self.weight, row) for row in rows])
         places = x.at(-1)
