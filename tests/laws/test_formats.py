@@ -97,7 +97,9 @@ def test_a_level_gives_each_occupied_block_one_slot(of: level.Level, P: int, C: 
     stored = back[back[:, 1] >= 0]
     assert len(stored.unique(dim=0)) == len(stored), "two slots share a coordinate"
     seen = torch.zeros(P, C, dtype=torch.int64).index_put(tuple(slots[real].T), torch.tensor(1), accumulate=True)
-    wanted = occ.view(P // of.rows, of.rows, C).any(1).repeat_interleave(of.rows, 0) if isinstance(of, Shared) else occ | (of == level.Dense())
+    wanted = occ | (of == level.Dense())
+    if isinstance(of, Shared):
+        wanted = occ.view(P // of.rows, of.rows, C).any(1).repeat_interleave(of.rows, 0)
     assert torch.equal(seen == 1, wanted)
 
 
