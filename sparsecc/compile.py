@@ -103,7 +103,8 @@ def compile(
     options = Options(target, sparsity, autotune, tune_seconds, remainder)
     if options.target != "reference":
         options.tuner(lambda name: None)  # a target that cannot serve says so now
-    begin(remainder)
+    if not is_elsewhere(target):
+        begin(remainder)
     module = CompiledModule(model, lambda program, inputs: build(program, inputs, options), dynamic_shapes)
     if example_inputs is not None:
         module.capture(*_arguments(example_inputs))

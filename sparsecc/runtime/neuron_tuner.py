@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
-from sparsecc.autotune.measure import interleaved
 from sparsecc.autotune.search import Effort
 from sparsecc.codegen.kernel import FEW
 from sparsecc.codegen.tvm.backend import TvmBackend, source_hash
 from sparsecc.ir.ops import ACTIVATIONS
 from sparsecc.passes.context import NeuronChoice
 from sparsecc.runtime.neurons import NeuronKernel, RequestKernel, Seen, bundle, sketch
+from sparsecc.runtime.remainder import undisturbed
 
 SECONDS = 0.3
 SKETCHED = 256
@@ -80,7 +80,7 @@ class CpuNeurons:
             kernel = NeuronKernel(self.backend, activation, "all", limit)
             kernel.dense = lambda x, *rest: x  # type: ignore[method-assign]  # "none": only what comes before the decision
             calls[name] = _in_turn(copies, lambda g, b, run=kernel: run(x, (g, b), biases, None))
-        return {name: 1e6 * timing.median for name, timing in interleaved(calls, SECONDS).items()}
+        return {name: 1e6 * timing.median for name, timing in undisturbed(calls, SECONDS).items()}
 
 
 def dense(x: Tensor, activation: str) -> Callable[[Tensor, Tensor], Tensor]:

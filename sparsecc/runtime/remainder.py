@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
 from sparsecc.runtime.chain import link
@@ -46,9 +47,15 @@ def begin(remainder: Remainder) -> None:
 
 
 def settle() -> None:
-    """Wait until nothing that `begin` started is running."""
+    """Wait for what `begin` started."""
     if _probe.cache_info().currsize:
         _probe().join()
+
+
+def undisturbed(calls: Mapping[str, Callable[[], Any]], seconds: float, rounds: int = 5) -> dict[str, Timing]:
+    """`interleaved`, once nothing that `begin` started is running. All contests on the CPU are held so."""
+    settle()
+    return interleaved(calls, seconds, rounds)
 
 
 def finish(program: Program, remainder: Remainder, chained: bool = True) -> Callable[..., Sequence[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
 from sparsecc.autotune.cost import Machine, break_even, costs, predict, predict_dense, work
-from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec, Regime
@@ -44,7 +43,7 @@ from sparsecc.runtime.calls import Call, DepthwiseCall, PictureCall
 from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
 from sparsecc.runtime.neuron_tuner import CpuNeurons
-from sparsecc.runtime.remainder import settle
+from sparsecc.runtime.remainder import undisturbed
 
 TOLERANCE = 2e-5
 """Largest error of a candidate, as a fraction of the largest output: float32 accumulation in another order."""
@@ -145,7 +144,8 @@ class CpuTuner:
         if found is None:
             call = DepthwiseCall(picture, epilogue)
             entrant = Candidate("planes", 0.0, lambda: call.candidate(self))
-            results = contest(Candidate("dense", 1.0, call.dense), [entrant], call.reference, TOLERANCE, self.effort, self._deadline)
+            dense = Candidate("dense", 1.0, call.dense)
+            results = contest(dense, [entrant], call.reference, TOLERANCE, self.effort, self._deadline, race=undisturbed)
             found = {"results": [vars(r) for r in results]}
             if not any(_failed(r) for r in results):
                 self.cache.put(key, found)
@@ -286,12 +286,6 @@ class AttentionCall:
     def reference(self) -> Tensor:
         """float64."""
         return F.scaled_dot_product_attention(self.q.double(), self.k.double(), self.v.double(), self.mask, **self.given)
-
-
-def undisturbed(calls: Mapping[str, Callable[[], Tensor]], seconds: float, rounds: int) -> Mapping[str, Timing]:
-    """`interleaved`, once the second core is free."""
-    settle()
-    return interleaved(calls, seconds, rounds)
 
 
 def regime_of(tokens: int) -> Regime:

@@ -188,9 +188,8 @@ def test_no_tokens_and_no_keys() -> None:
     assert not kernel(q, none, none, None, None, 1.0).any()
 
 
-@pytest.mark.parametrize(("isa", "sights"), [("avx2", ("causal",)), ("portable", ("rows",))])
-def test_narrower_vectors(isa: str, sights: tuple[str, ...]) -> None:
-    """A sight for each: without one there is only less to do."""
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_narrower_vectors(isa: str) -> None:
     try:
         backend = TvmBackend.of(isa)
     except TargetError as error:
@@ -200,9 +199,9 @@ def test_narrower_vectors(isa: str, sights: tuple[str, ...]) -> None:
     close(y, F.layer_norm(x.double(), (33,), weight.double(), weight.double()))
     q, k, v = torch.randn(2, 2, 50, 4), torch.randn(2, 2, 50, 4), torch.randn(2, 2, 50, 4)
     mask = torch.ones(50, 50).tril().log()
-    for hides in sights:
+    for hides in ("", "causal", "rows"):
         given = (mask, token_ops.mask_tiles(mask, "")) if hides == "rows" else (None, None)
-        want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, scale=0.4)
+        want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=hides != "", scale=0.4)
         close(AttentionKernel(backend, AttentionSpec(4, hides))(q, k, v, *given, 0.4), want)
     close(GateKernel(backend, GateSpec())(x, x), F.silu(x.double()) * x.double())
     table = torch.randn(1, 1, 50, 4)

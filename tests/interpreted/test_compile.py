@@ -31,14 +31,15 @@ F32, F16 = torch.float32, torch.float16
 
 @pytest.mark.parametrize(
     ("pattern", "dtype"),
-    [("2:4", F16), ("block(16, 16, 0.5)", F16), ("block(4, 1, 0.8)", F32), ("unstructured(0.6)", F16)],
+    [("2:4", F16), ("1:5", F32), ("block(16, 16, 0.5)", F16), ("block(4, 1, 0.8)", F32), ("block(1, 16, 0.7)", F32),
+     ("unstructured(0.6)", F16)],
 )
 def test_equals_the_masked_dense_model(pattern: str, dtype: torch.dtype) -> None:
     model = Block(32).eval()
     sparsecc.prune(model, pattern)
     model = model.to(dtype)
     compiled = sparsecc.compile(model, target="cuda", sparsity=pattern, remainder="eager")
-    for shape in ((2, 3, 32), (1, 1, 32)):
+    for shape in ((2, 3, 32), (1, 1, 32), (2, 3, 32)):
         x = torch.randn(shape).to(dtype)
         wanted = model.float()(x.float())
         model.to(dtype)
