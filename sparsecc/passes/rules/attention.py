@@ -269,7 +269,7 @@ def attention(a: Analysis, node: fx.Node) -> Flow:
     sides = [Side(q_node, _spaced(_spaced(q, len(q.axes) - 1), len(q.axes) + 1), a.key(node, q_node))]
     for node_, facts, spare in ((k_node, k, -1), (v_node, v, 3)):
         times, key = 1, a.key(node, node_)
-        if given.get("enable_gqa") and a.shape(q_node)[-3] != a.shape(node_)[-3]:
+        if given.get("enable_gqa") and a.shape(node_)[-3] not in (1, a.shape(q_node)[-3]):  # one head is one for all, as in any product
             times, key = _times(q, facts), (node, "heads", node_)
             facts = _repeated(facts, times)
         wide = _spaced(facts, len(facts.axes) - 2)
@@ -293,9 +293,9 @@ def attention(a: Analysis, node: fx.Node) -> Flow:
 
 
 def _times(q: Facts, k: Facts) -> int:
-    have, want = k.length(-3) if k.axes[-3] else 1, q.length(-3)
-    if not (isinstance(have, int) and isinstance(want, int)) or have == 1 or len(k.axes[-3]) != 1:
-        raise Stop("the number of heads varies, or is one")
+    have, want = k.length(-3), q.length(-3)
+    if not (isinstance(have, int) and isinstance(want, int)) or len(k.axes[-3]) != 1:
+        raise Stop("the number of heads varies")
     return want // have
 
 
