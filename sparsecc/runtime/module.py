@@ -127,7 +127,9 @@ class CompiledModule(nn.Module):
         def backend(gm: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return Frozen(gm, compile_program, known)
 
-        compiled = torch.compile(model, backend=backend, dynamic=True)
+        # The model's own attributes are read now, as by export; to compare hundreds of them in each call would take longer than a layer.
+        unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        compiled = torch.compile(model, backend=backend, dynamic=True, options=unguarded)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:

@@ -28,7 +28,7 @@ class TritonBackend:
 
     def space(self, spec: KernelSpec) -> list[GpuConfig]:
         """Most promising first; a pipeline too deep for this device's shared memory is cut."""
-        return list(dict.fromkeys(_fitting(spec, config, self.device.shared) for config in _space(spec)))
+        return list(dict.fromkeys(_fitting(spec, config, self.device.shared) for config in _space(spec, self.device.warp)))
 
     def source(self, spec: KernelSpec, config: GpuConfig) -> str:
         """Triton source of the kernel `linear`."""
@@ -43,7 +43,7 @@ class TritonBackend:
         return binary(self.source(spec, config), self.device)
 
 
-def _space(spec: KernelSpec) -> list[GpuConfig]:
+def _space(spec: KernelSpec, lanes: int) -> list[GpuConfig]:
     kinds = families(spec)
     if CSR in kinds:
         return _csr_space(spec)
@@ -62,6 +62,8 @@ def _space(spec: KernelSpec) -> list[GpuConfig]:
         steps = ((64, 4, 4), (64, 1, 4), (128, 8, 3), (64, 16, 3))
         return [GpuConfig(bm=16, bn=64, bk=bk, split=split, warps=8 if rows == 128 else 4, stages=stages) for bk, split, stages in steps]
     wide = ((128, 4), (64, 4), (256, 8)) if rows < 128 and spec.dtype != "tf32" else ((128, 8), (64, 4))
+    if spec.dtype == "tf32" and lanes == 64 and rows <= 32:  # eight wavefronts on so small a tile spill
+        wide = ((128, 4), (64, 4))
     return [GpuConfig(bm=bm, bn=64, bk=bk, warps=warps, stages=stages) for bk, stages in ((64, 3), (32, 4)) for bm, warps in wide]
 
 
