@@ -46,14 +46,16 @@ class Measurement:
 
     def explain(self) -> Pattern:
         """The most structured pattern that explains the zeros: one whose storage is at most MAX_PADDING zeros."""
-        N, K = self.shape
+        (N, K), dead_rows, dead_cols = self.shape, len(self.zero_rows), len(self.zero_cols)
         nnz = self.nnz / (1 - MAX_PADDING)
         if nnz >= N * K:
             return ANY
-        if nnz >= (N - len(self.zero_rows)) * K:
+        if nnz >= (N - dead_rows) * K:
             return Rows()
-        if nnz >= N * (K - len(self.zero_cols)):
+        if nnz >= N * (K - dead_cols):
             return Cols()
+        if nnz >= (N - dead_rows) * (K - dead_cols):  # both, named after what takes more away
+            return Rows() if dead_rows * K >= dead_cols * N else Cols()
         for rows, cols in sorted(CANDIDATE_BLOCKS[1:], key=lambda b: -b[0] * b[1]):
             if self.blocks[rows, cols].fill >= 1 - MAX_PADDING:
                 return Block(rows, cols)

@@ -239,6 +239,16 @@ def test_detect_finds_what_was_made(text: str) -> None:
     assert str(found).split("(")[0] == text.split("(")[0]
 
 
+def test_dead_rows_and_columns_are_no_groups() -> None:
+    w = torch.ones(12, 6)
+    w[[0, 1, 7]] = 0
+    w[:, [2, 5]] = 0  # at most 4 of 8 in every group
+    assert isinstance(detect(w), pattern.Rows)
+    w = torch.ones(12, 6)
+    w[[0]], w[:, [2, 3, 5]] = 0, 0
+    assert isinstance(detect(w), pattern.Cols)
+
+
 def test_detect_on_the_edges() -> None:
     assert detect(torch.randn(8, 8)) == pattern.ANY
     assert detect(torch.zeros(8, 8)) == pattern.Rows()
