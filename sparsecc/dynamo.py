@@ -108,6 +108,9 @@ class Frozen:
                 name = self.known.get(id(inputs[i]), self.names[i])
                 const = program.add_const(name, inputs[i], name)
             program.replace(node, const)
+        for node in program.graph.nodes:
+            if node.op == "get_attr" and isinstance(tensor := program.const(node), torch.Tensor):
+                program.origin.setdefault(str(node.target), self.known.get(id(tensor), str(node.target)))
         _flat_outputs(program)
         share_tied(program)
         program.finish()

@@ -127,13 +127,15 @@ class CompiledModule(nn.Module):
         def backend(gm: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return Frozen(gm, compile_program, known)
 
-        # The model's own attributes are read now, as by export; to compare hundreds of them in each call would take longer than a layer.
+        # The model's own attributes are read now, as by export; to fetch and compare hundreds of them in each call would take longer than
+        # some layers.
         unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         compiled = torch.compile(model, backend=backend, dynamic=True, options=unguarded)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return compiled(*args, **kwargs)
+                with torch._dynamo.config.patch(prepare_freezing=True):
+                    return compiled(*args, **kwargs)
             except BackendCompilerFailed as error:
                 inner = error.inner_exception if hasattr(error, "inner_exception") else error.__cause__
                 raise (inner if isinstance(inner, SparseccError) else CaptureError(f"{error}; torch.export: {reason}")) from error
