@@ -5,6 +5,7 @@ A mask says, per index of a factor, whether that slice stays. Masks only grow: f
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,19 +192,23 @@ Link = Same | Covers | Copies | Blocks | Groups | Whole
 
 def settle(masks: Masks, links: Sequence[Link]) -> None:
     """The smallest masks that hold what is there and satisfy every link."""
-    users: dict[Place, list[Link]] = {}
-    for link in links:
-        for place in link.places:
-            users.setdefault(place, []).append(link)
-    waiting = dict.fromkeys(links)
+    places = [link.places for link in links]
+    users: dict[Place, list[int]] = {}
+    for i, joined in enumerate(places):
+        for place in joined:
+            users.setdefault(place, []).append(i)
+    waiting, listed = deque(range(len(links))), [True] * len(links)
     while waiting:
-        link = next(iter(waiting))
-        del waiting[link]
-        before = [masks.of[place] for place in link.places]
-        if link.settle(masks):
-            for place, old in zip(link.places, before, strict=True):
+        i = waiting.popleft()
+        listed[i] = False
+        before = [masks.of[place] for place in places[i]]
+        if links[i].settle(masks):
+            for place, old in zip(places[i], before, strict=True):
                 if masks.of[place] is not old:
-                    waiting |= dict.fromkeys(users[place])
+                    again = [user for user in users[place] if not listed[user]]
+                    waiting.extend(again)
+                    for user in again:
+                        listed[user] = True
 
 
 def components(places: Iterable[Place], links: Sequence[Link]) -> Iterator[list[Place]]:
@@ -213,7 +218,8 @@ def components(places: Iterable[Place], links: Sequence[Link]) -> Iterator[list[
     for link in links:
         if isinstance(link, Covers):
             continue
-        graph.add_edges_from((link.places[0], other) for other in link.places[1:])
+        first, *others = link.places
+        graph.add_edges_from((first, other) for other in others)
     order = {place: i for i, place in enumerate(graph.nodes)}
     for found in nx.connected_components(graph):
         yield sorted(found, key=order.__getitem__)
