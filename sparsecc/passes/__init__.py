@@ -10,11 +10,13 @@ from sparsecc.passes.lower import Lower
 from sparsecc.passes.manager import Pass
 from sparsecc.passes.pack import Pack
 from sparsecc.passes.propagate import Propagate
+from sparsecc.passes.reorder import Reorder
 from sparsecc.passes.select import Select
 from sparsecc.passes.skip import Skip
 
 PIPELINE: tuple[Pass, ...] = (
     Canonicalize(),  # one op for every linear
+    Reorder(),       # rows and columns, where their zeros then come in blocks or groups
     Select(),        # which zeros each weight has, or must have
     Skip(),          # neurons and tokens that are skipped at run time
     Propagate(),     # what they make useless elsewhere leaves

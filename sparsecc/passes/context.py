@@ -118,6 +118,10 @@ class Tuner(Protocol):
         """The fastest way that was measured, dense included."""
         ...
 
+    def predicted(self, problem: Problem) -> float:
+        """Seconds that the fastest way will take, by the cost model alone."""
+        ...
+
     def kernel(
         self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str,
         dtype: torch.dtype = torch.float32, tokens: int = 128,

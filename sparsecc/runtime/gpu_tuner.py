@@ -82,6 +82,13 @@ class GpuTuner:
         self.on_choice(problem.name)
         return choice
 
+    def predicted(self, problem: Problem) -> float:
+        """Seconds by the data sheet, of the best candidate or the dense code."""
+        dense = dense_estimate(*problem.weight.shape, problem.tokens, dtype_of(problem.weight.dtype), self.backend.device)
+        blocks = {fmt: kept_blocks(problem.weight, fmt.block) for fmt, _ in self._candidates(problem).values()}
+        found = (self._estimate(problem, fmt, config, blocks[fmt]).seconds for fmt, config in self._candidates(problem).values())
+        return min([dense.seconds, *found])
+
     def kernel(
         self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str,
         dtype: torch.dtype = torch.float32, tokens: int = 128,

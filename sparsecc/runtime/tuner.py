@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.autotune.cache import TuneCache
-from sparsecc.autotune.cost import Machine, break_even, costs, predict, predict_dense, work
+from sparsecc.autotune.cost import OVERHEAD, Machine, Work, break_even, costs, limits, predict, predict_dense, work
 from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, contest
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec, Regime
@@ -90,6 +90,18 @@ class CpuTuner:
                 self.cache.put(key, found)
         self.on_choice(problem.name)
         return self._choice(problem, [Result(**r) for r in found["results"]], candidates)
+
+    def predicted(self, problem: Problem) -> float:
+        """Seconds by the cost model, of the best candidate or the dense code."""
+        machine, (N, K) = Machine.measured(torch.get_num_threads()), problem.weight.shape
+        best = predict_dense(N, K, problem.tokens, machine)
+        at: dict[Format, tuple[float, float, float]] = {}
+        for fmt, config in self.candidates(problem).values():
+            if fmt not in at:
+                at[fmt] = limits(self._work(problem, fmt), problem.tokens, machine)
+            factors = costs(fmt, self.regime(fmt, problem.tokens), to_text(config), config.dot)
+            best = min(best, OVERHEAD + sum(cost * limit for cost, limit in zip(factors, at[fmt], strict=True)))
+        return best
 
     def kernel(
         self, formats: Sequence[Format], epilogue: str, residual: bool, layout: str, shape: tuple[int, int], config: str,
@@ -209,8 +221,7 @@ class CpuTuner:
         for name, (fmt, config) in candidates.items():
             rank = ranks[fmt] = ranks.get(fmt, -1) + 1
             factors = costs(fmt, self.regime(fmt, tokens), to_text(config), config.dot)
-            shared = fmt.level.rows if isinstance(fmt.level, Shared) else 1
-            stored = work(fmt, N, K, shared * kept_blocks(problem.weight, (shared, 1) if shared > 1 else fmt.block))
+            stored = self._work(problem, fmt)
             # What the model cannot tell apart stays in the backend's order.
             entrants.append(Candidate(name, predict(stored, tokens, machine, factors) * (1 + 1e-3 * rank),
                                       lambda fmt=fmt, config=config: call.candidate(self, fmt, config)))  # fmt: skip
@@ -220,6 +231,11 @@ class CpuTuner:
             return contest(dense, entrants, call.reference, TOLERANCE + call.rounding, self.effort, self._deadline, top, undisturbed)
         finally:
             self._kernels.clear()  # they remember the copies of the weight that they were timed with
+
+    def _work(self, problem: Problem, fmt: Format) -> Work:
+        """What a call on the weight in this storage does."""
+        shared = fmt.level.rows if isinstance(fmt.level, Shared) else 1
+        return work(fmt, *problem.weight.shape, shared * kept_blocks(problem.weight, (shared, 1) if shared > 1 else fmt.block))
 
     def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
         dense = next(r for r in results if r.name == "dense")
