@@ -12,7 +12,7 @@ weight that is neither sparse nor regular under any order is given up after a lo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
@@ -153,7 +153,8 @@ def _blocks(weight: Tensor) -> list[Wish]:
 
 @dataclass
 class Search:
-    """Orders for the cells of wires, one group of cells after another. `target` i64 [labels]: whose place a label has."""
+    """Orders for the cells of wires, one group of cells after another. `target` i64 [labels]: which label comes in a label's place;
+    `hidden` bool [labels]: rows taken for zeros."""
 
     wires: Wires
     sites: list[Site]
@@ -164,23 +165,29 @@ class Search:
     def __post_init__(self) -> None:
         self.found = self.wires.found()
         self.target = torch.arange(self.wires.count)
+        self.hidden = torch.zeros(self.wires.count, dtype=torch.bool)
         self.uses: dict[tuple[fx.Node, fx.Node], Use] = {(use.user, use.const): use for use in self.wires.uses}
-        unread = self._unread()
-        self.sites = [replace(site, matrix=site.matrix * ~unread[self.labels(site, 0), None].to(site.matrix.device)) for site in self.sites]
         self.before: dict[fx.Node, Pattern] = {}
         self.orders: list[tuple[list[Site], int]] = []
 
     def run(self) -> None:
-        """Take what pays. A second round only where the first changed something: blocks of 4 x 4 are found one side at a time."""
+        """Take what pays. A second round only where the first changed something: blocks of 4 x 4 are found one side at a time. Where nothing
+        was found, rows that nobody reads may be why: they are looked at as zeros, which they will be, and come last."""
         self._say_stuck()
         groups = list(self._groups())
-        for _ in range(2):
-            gained = [self._improve(cells, sites) for cells, sites in groups]
-            if not any(gained):
-                return
+        gained = [self._improve(cells, sites) for cells, sites in groups]
+        if any(gained):
+            for cells, sites in groups:
+                self._improve(cells, sites)
+        unread = self._unread()
+        for (cells, sites), done in zip(groups, gained, strict=True):
+            here = torch.cat(cells)
+            if not done and bool(unread[here].any()):
+                self.hidden[here] = unread[here]
+                self.hidden[here] &= self._improve(cells, sites)
 
     def _unread(self) -> Tensor:
-        """bool [labels]: columns of zeros wherever they are read. Their rows will leave, so they are taken for zeros, and come last."""
+        """bool [labels]: columns of zeros wherever they are read. Their rows will leave."""
         read, alive = torch.zeros(2, self.wires.count, dtype=torch.bool)
         for use in self.wires.uses:
             weight = self.wires.program.const(use.const)
@@ -292,6 +299,8 @@ class Search:
     def _matrix(self, site: Site, target: Tensor) -> Tensor:
         """A weight under an order."""
         weight = site.matrix
+        if self.hidden.any() and bool((hidden := self.hidden[self.labels(site, 0)]).any()):
+            weight = weight * ~hidden[:, None].to(weight.device)
         for axis in (0, 1):
             labels = self.labels(site, axis)
             wanted = torch.where(self.found.cell[labels] >= 0, target[labels], labels)
