@@ -18,8 +18,8 @@ KEPT_IN_BAND = 12
 BANDS = 4
 RARE = 0.1
 """Siblings in one band that are too few to go on."""
-TRIES = 32
-"""Second columns of an N:M group that are tried."""
+TRIES, FEWER = 32, 4
+"""Second columns of an N:M group that are tried; fewer where two columns cannot fill it, and so do not say whether it can be filled."""
 SAMPLE = 384
 """Rows that decide which columns go together; the others confirm it."""
 
@@ -146,8 +146,8 @@ def _group(mask: Tensor, kept: Tensor, counts: Tensor, n: int, m: int) -> Tensor
     first, free = int(counts.argmax()), counts >= 0
     free[first] = False
     meets = torch.where(free, kept[:, first] @ kept, torch.inf)
-    seconds = meets.argsort()[: min(TRIES, int(free.sum()))]
-    if m > 2:
+    seconds = meets.argsort()[: min(TRIES if n < 3 else FEWER, int(free.sum()))]
+    if m > 2 and n < 3:
         full = (mask[:, first, None].to(torch.int16) + mask[:, seconds] >= n).float()
         room = (((full.t() @ kept) == 0) & free).sum(1)
         seconds = seconds[room >= m - 2]

@@ -171,14 +171,13 @@ class Search:
         self.orders: list[tuple[list[Site], int]] = []
 
     def run(self) -> None:
-        """Take what pays. A second round only where the first changed something: blocks of 4 x 4 are found one side at a time. Where nothing
-        was found, rows that nobody reads may be why: they are looked at as zeros, which they will be, and come last."""
+        """Take what pays. Where nothing was found, other groups' orders may help: blocks of 4 x 4 are found one side at a time. And rows
+        that nobody reads may be why: they are looked at as zeros, which they will be, and come last."""
         self._say_stuck()
         groups = list(self._groups())
         gained = [self._improve(cells, sites) for cells, sites in groups]
         if any(gained):
-            for cells, sites in groups:
-                self._improve(cells, sites)
+            gained = [done or self._improve(cells, sites) for (cells, sites), done in zip(groups, gained, strict=True)]
         unread = self._unread()
         for (cells, sites), done in zip(groups, gained, strict=True):
             here = torch.cat(cells)
