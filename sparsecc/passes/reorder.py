@@ -259,11 +259,20 @@ class Search:
         """(weights to look at together, what for): all that want the same of the group, then, of a few, each alone."""
         inside = torch.cat(cells)
         for wish in dict.fromkeys(wish for site in sites for wish in site.wishes):
-            want = [site for site in sites if wish in site.wishes and bool(torch.isin(self.labels(site, wish.axis), inside).any())]
+            want = [site for site in sites if wish in site.wishes and bool(torch.isin(self.labels(site, wish.axis), inside).any())
+                    and self._would_pay(site, wish)]
             if want:
                 yield want, wish
             if 1 < len(want) <= FEW:
                 yield from (([site], wish) for site in want)
+
+    def _would_pay(self, site: Site, wish: Wish) -> bool:
+        """Whether N:M is asked for, or better than what is there now: looking for its order takes longer than for blocks."""
+        if wish.pattern is None or site.rule.pattern is not None:
+            return True
+        weight = self._matrix(site, self.target)
+        ideal = (torch.arange(weight.shape[1]) % wish.pattern.m < wish.pattern.n).to(weight).expand(weight.shape)
+        return self._price(site, ideal, wish.pattern) <= PAYS * self._price(site, weight, measure(weight).explain())
 
     def _ordered(self, cells: list[Tensor], sites: list[Site], wish: Wish) -> Tensor | None:
         """The targets with each cell in the order that fits these weights best; None if there is none."""
