@@ -48,11 +48,13 @@ def siblings(weight: Tensor) -> float:
 
 def block_order(mask: Tensor) -> Tensor:
     """i64 [rows]: an order in which alike rows stand in fours, alike fours in pairs, and alike pairs of those in pairs; empty rows last."""
-    groups = _fours(mask)
-    for _ in range(2):
-        joined = torch.stack([mask[group].any(0) for group in groups])
-        groups = [torch.cat([groups[i] for i in pair]) for pair in _greedy(joined, 2)]
-    return torch.cat(groups)
+    order = torch.cat([torch.zeros(0, dtype=torch.int64), *_fours(mask)])
+    for size in (4, 8):
+        whole = len(order) - len(order) % size
+        groups = order[:whole].view(-1, size)
+        pairs = _greedy(mask[order[:whole]].view(len(groups), size, -1).any(1), 2)
+        order = torch.cat([groups[[i for pair in pairs for i in pair]].reshape(-1), order[whole:]])
+    return order
 
 
 def _fours(mask: Tensor) -> list[Tensor]:

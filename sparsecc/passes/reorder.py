@@ -30,8 +30,8 @@ from sparsecc.passes.dims import Stop
 from sparsecc.passes.pack import formats_for, tokens_of
 from sparsecc.passes.rules.linear import touched
 from sparsecc.passes.wires import Found, Use, Wires, matched
-from sparsecc.spec import SparsitySpec
 from sparsecc.spec import Rule as SpecRule
+from sparsecc.spec import SparsitySpec
 
 ZEROS = 0.3
 """Fewer zeros pay in no pattern."""
@@ -102,7 +102,8 @@ def _sites(program: Program, spec: SparsitySpec) -> Iterator[Site]:
             weight = program.const(view.params[0]).detach()
             if _sparse(weight):
                 rule = _rule(program, view.params[0], spec)
-                yield Site(view.node, view.params[0], weight, rule, program.region(view.node), tokens_of(view.x), 1, _wishes(weight, rule, 1))
+                region, tokens = program.region(view.node), tokens_of(view.x)
+                yield Site(view.node, view.params[0], weight, rule, region, tokens, 1, _wishes(weight, rule, 1))
     for conv in convolutions(program):
         const: Any = conv.node.args[1]
         if not conv.dense_because() and _sparse(conv.matrix()):
@@ -167,8 +168,9 @@ class Search:
         self.target = torch.arange(self.wires.count)
         self.hidden = torch.zeros(self.wires.count, dtype=torch.bool)
         self.uses: dict[tuple[fx.Node, fx.Node], Use] = {(use.user, use.const): use for use in self.wires.uses}
+        self.prices: dict[tuple[fx.Node, Pattern], float] = {}
         self.before: dict[fx.Node, Pattern] = {}
-        self.orders: list[tuple[list[Site], int]] = []
+        self.orders: list[tuple[list[Site], Tensor]] = []
 
     def run(self) -> None:
         """Take what pays. Where nothing was found, other groups' orders may help: blocks of 4 x 4 are found one side at a time. And rows
@@ -237,23 +239,20 @@ class Search:
 
     def _improve(self, cells: list[Tensor], sites: list[Site]) -> bool:
         """Whether an order was taken."""
-        best, taken = self._cost(sites, self.target), False
+        best, taken = self._cost(sites, self.target), set[Wish]()
         for chosen, wish in self._tries(cells, sites):
+            if wish in taken:
+                continue
             target = self._ordered(cells, chosen, wish)
             if target is None or torch.equal(target, self.target):
                 continue
             cost = self._cost(sites, target)
             if cost[0] < best[0] or (cost[0] == best[0] and cost[1] <= PAYS * best[1]):
-                try:
-                    self.wires.moved(self.found, target)
-                except Stop as stop:
-                    for site in chosen:
-                        site.region.notes.append(f"a reordering was found and left: {stop}")
-                    continue
-                self.target, best, taken = target, cost, True
+                self.target, best = target, cost
+                taken.add(wish)
         if taken:
-            self.orders.append((sites, sum(len(cell) for cell in cells)))
-        return taken
+            self.orders.append((sites, torch.cat(cells)))
+        return bool(taken)
 
     def _tries(self, cells: list[Tensor], sites: list[Site]) -> Iterator[tuple[list[Site], Wish]]:
         """(weights to look at together, what for): all that want the same of the group, then, of a few, each alone."""
@@ -327,7 +326,9 @@ class Search:
             weight = self._matrix(site, target)
             pattern = site.rule.pattern or measure(weight).explain()
             broken += site.rule.pattern is not None and site.rule.pattern.mask_violation(weight) is not None
-            total += self._price(site, weight, pattern)
+            if (site.user, pattern) not in self.prices:  # another order has as many entries
+                self.prices[site.user, pattern] = self._price(site, weight, pattern)
+            total += self.prices[site.user, pattern]
             self.before.setdefault(site.user, pattern)
         return broken, total
 
@@ -350,7 +351,7 @@ class Search:
         if not self.orders:
             return
         program, made = self.wires.program, {}
-        for use, orders in zip(self.wires.uses, self.wires.moved(self.found, self.target), strict=True):
+        for use, orders in zip(self.wires.uses, self._proved(), strict=True):
             moves = {axis: order for axis, order in enumerate(orders) if not torch.equal(order, torch.arange(len(order)))}
             if not moves:
                 continue
@@ -365,7 +366,24 @@ class Search:
             weight = self._matrix(site, self.target)
             pattern = site.rule.pattern or measure(weight).explain()
             if pattern != self.before.get(site.user) or (site.rule.pattern and site.rule.pattern.mask_violation(site.matrix)):
-                count = sum(dict.fromkeys(n for sites, n in self.orders if site in sites))
+                count = len(torch.cat([labels for sites, labels in self.orders if site in sites]).unique())
                 site.region.notes.append(f"{pattern} after reordering {count} neurons or channels, at no cost at run time")
                 program.regions[site.user.name] = site.region
 
+    def _proved(self) -> list[tuple[Tensor, ...]]:
+        """What each constant's entries become, of all orders, or without those that the program does not allow."""
+        try:
+            return self.wires.moved(self.found, self.target)
+        except Stop:
+            wanted, self.target = self.target, torch.arange(self.wires.count)
+        for sites, labels in list(self.orders):
+            target = self.target.clone()
+            target[labels] = wanted[labels]
+            try:
+                self.wires.moved(self.found, target)
+                self.target = target
+            except Stop as stop:
+                self.orders = [order for order in self.orders if order[1] is not labels]
+                for site in sites:
+                    site.region.notes.append(f"a reordering was found and left: {stop}")
+        return self.wires.moved(self.found, self.target)

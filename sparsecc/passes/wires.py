@@ -42,7 +42,8 @@ class Use:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Entries of several values that are combined, i64 [entries] each, at places that stay, i64 [entries]. `out`: the result's own wires."""
+    """Entries of several values that are combined, i64 [entries] each, at places that stay, i64 [entries]. `out`: the result's wires, if it
+    has its own."""
 
     wires: tuple[Tensor, ...]
     place: Tensor
@@ -300,7 +301,6 @@ class Wires(Analysis):
     def _matmul(self, flow: Matmul) -> Tensor:
         rank = len(flow.space.axes)
         x, y = (flow.space.lift(side.facts, i)[1] for i, side in enumerate(flow.sides))
-        rows, summed, columns = (list(flow.at(a)) for a in (rank - 3, rank - 2, rank - 1))
         told = [any(flow.space.axes[a][i].tracked for i in range(len(flow.space.axes[a]))) for a in (rank - 3, rank - 2, rank - 1)]
         if sum(told) > 1:
             return self._stuck(flow, (x, y))
@@ -308,7 +308,7 @@ class Wires(Analysis):
             self._sum(x, y)
             return torch.zeros(flow.facts.value.shape, dtype=torch.float64)
         result = y if told[2] else x if told[0] else None
-        drop = sorted(summed, reverse=True)
+        drop = sorted(flow.at(rank - 2), reverse=True)
         return self._through(result, drop, flow) if result is not None else torch.zeros(flow.facts.value.shape, dtype=torch.float64)
 
     def _attention(self, flow: Attention) -> Tensor:
