@@ -342,7 +342,7 @@ class Search:
         kept = tuple(fmt for fmt in formats if fmt.refuses(weight) is None)
         if tuner is not None:
             return tuner.predicted(Problem(site.region.name, weight, kept, site.tokens, "", False))
-        return float(min([size, *(fmt.nbytes(*weight.shape, kept_blocks(weight, fmt.block)) for fmt in kept)]))
+        return float(min([size, *(fmt.nbytes(weight.shape[0], weight.shape[1], kept_blocks(weight, fmt.block)) for fmt in kept)]))
 
     # ---- doing it
 

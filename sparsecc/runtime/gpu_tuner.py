@@ -84,7 +84,8 @@ class GpuTuner:
 
     def predicted(self, problem: Problem) -> float:
         """Seconds by the data sheet, of the best candidate or the dense code."""
-        dense = dense_estimate(*problem.weight.shape, problem.tokens, dtype_of(problem.weight.dtype), self.backend.device)
+        N, K = problem.weight.shape
+        dense = dense_estimate(N, K, problem.tokens, dtype_of(problem.weight.dtype), self.backend.device)
         blocks = {fmt: kept_blocks(problem.weight, fmt.block) for fmt, _ in self._candidates(problem).values()}
         found = (self._estimate(problem, fmt, config, blocks[fmt]).seconds for fmt, config in self._candidates(problem).values())
         return min([dense.seconds, *found])

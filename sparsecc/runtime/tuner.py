@@ -234,8 +234,8 @@ class CpuTuner:
 
     def _work(self, problem: Problem, fmt: Format) -> Work:
         """What a call on the weight in this storage does."""
-        shared = fmt.level.rows if isinstance(fmt.level, Shared) else 1
-        return work(fmt, *problem.weight.shape, shared * kept_blocks(problem.weight, (shared, 1) if shared > 1 else fmt.block))
+        shared, (N, K) = fmt.level.rows if isinstance(fmt.level, Shared) else 1, problem.weight.shape
+        return work(fmt, N, K, shared * kept_blocks(problem.weight, (shared, 1) if shared > 1 else fmt.block))
 
     def _choice(self, problem: Problem, results: list[Result], candidates: dict[str, tuple[Format, CpuConfig]]) -> Choice:
         dense = next(r for r in results if r.name == "dense")
