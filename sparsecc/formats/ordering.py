@@ -52,7 +52,7 @@ def block_order(mask: Tensor) -> Tensor:
     for size in (4, 8):
         whole = len(order) - len(order) % size
         groups = order[:whole].view(-1, size)
-        pairs = _greedy(mask[order[:whole]].view(len(groups), size, -1).any(1), 2)
+        pairs = _greedy(mask[order[:whole]].view(len(groups), size, mask.shape[1]).any(1), 2)
         order = torch.cat([groups[[i for pair in pairs for i in pair]].reshape(-1), order[whole:]])
     return order
 

@@ -291,6 +291,8 @@ def test_skipping_by_neuron_keeps_their_numbers() -> None:
 
 def test_orders_of_masks() -> None:
     torch.manual_seed(0)
+    for rows in range(1, 19):
+        assert sorted(block_order(torch.rand(rows, 9) < 0.3).tolist()) == list(range(rows))
     mask = blocks(128, 96, 8)[torch.randperm(128)]
     assert str(measure(mask[block_order(mask)].float()).explain()) == "block(8, 1)"
     assert sorted(block_order(mask).tolist()) == list(range(128))
