@@ -46,7 +46,7 @@ def test_files(dump: Path) -> None:
     assert len(list(dump.glob("*.diff"))) == len(PIPELINE)
     select = (dump / "03_select.diff").read_text()
     assert "% block(4, 1" in select
-    assert select.startswith("--- 01_canonicalize.py\n+++ 02_select.py\n")
+    assert select.startswith("--- 02_reorder.py\n+++ 03_select.py\n")
     kernels = [p.read_text() for p in (dump / "kernels").glob("*.py")]
     assert kernels
     assert all("T.prim_func" in text for text in kernels)
