@@ -25,10 +25,12 @@ from sparsecc.ir.policy import Policy
 from sparsecc.ir.program import TYPE_KEY, Program, Region, Rule
 from sparsecc.ir.route_ops import GATHER_KEPT, KEEP, SCATTER_KEPT
 from sparsecc.ir.skip_ops import GATHER, NEURONS, RECENCY, REQUEST, SCATTER, SELECT
+from sparsecc.merging import Merge
 from sparsecc.names import Names
 from sparsecc.passes.blocks import Block, find_blocks
 from sparsecc.passes.context import Context
 from sparsecc.passes.ffn import Ffn, find_ffns
+from sparsecc.passes.merge import merge_blocks
 from sparsecc.passes.pack import tokens_of
 from sparsecc.passes.route import Routes, counter, padding
 from sparsecc.skipping import Neurons, Tokens, level_of, matches
@@ -60,6 +62,10 @@ class Skip:
         chosen = _blocks(program, tokens, blocks, loose + missed)
         rules = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Neurons)]
         picked = _ffns(program, rules, ffns, missed)
+        merges = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Merge)]
+        if merges and tokens:
+            raise SpecError(f"{merges[0][0]!r} merges tokens and {tokens[0][0]!r} skips them: a model does one or the other")
+        merge_blocks(program, merges, ffns, _nothing)
         like = value_of(blocks[0].x) if blocks else None
         cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, like, Routes(program, blocks))
         for one in chosen:
