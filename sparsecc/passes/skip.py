@@ -57,6 +57,9 @@ class Skip:
             return
         ffns, missed = find_ffns(program)
         tokens = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Tokens)]
+        if ffns and all(_one_token(ffn) for ffn in ffns) and not any(rule.scale != "none" for _, rule in tokens):
+            context.notes += ["sequences of one token are run in full: a router keeps the first and the last one"] * bool(tokens)
+            tokens = []
         blocks, loose = find_blocks(program, ffns) if tokens else ([], [])
         context.notes += [f"no feed-forward block: {line}" for line in missed] + [f"no block: {line}" for line in loose]
         chosen = _blocks(program, tokens, blocks, loose + missed)
@@ -79,6 +82,12 @@ def blocks_under(program: Program, glob: str) -> list[Block]:
     """The recognised blocks that a glob names, in program order."""
     blocks, _ = find_blocks(program, find_ffns(program)[0])
     return [block for block in blocks if matches(glob, block.names)]
+
+
+def _one_token(ffn: Ffn) -> bool:
+    value = value_of(ffn.x)
+    size = value.shape[1] if isinstance(value, torch.Tensor) and value.ndim == 3 else None
+    return isinstance(size, int) and size == 1
 
 
 def _ffns(program: Program, rules: list[tuple[str, Neurons]], ffns: list[Ffn], missed: list[str]) -> list[tuple[Ffn, Neurons]]:

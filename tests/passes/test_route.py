@@ -168,6 +168,19 @@ def test_all_and_none(bias: float) -> None:
         assert close(compiled(**inputs).logits, model(**inputs).logits, oracle.real)
 
 
+def test_routers_compose_with_sparse_weights_and_their_layouts() -> None:
+    """Values are token-minor between packed linears, also those that are gathered and scattered."""
+    model, router, inputs = llama(2), ftp_router(), batch((70, 33))
+    sparsecc.prune(model, {"*_proj": "unstructured(0.9)"})
+    spec = {"*_proj": "unstructured(0.9)", "layers.*": sparsecc.ftp(0.4, router)}
+    compiled = sparsecc.compile(model, "cpu", spec, inputs, **EAGER)
+    oracle = Oracle(model, inputs)
+    wanted, _ = oracle.ftp(router, [0.4] * 2)
+    assert 'layout="token"' in compiled.ir("layout")
+    for _ in range(2):  # recorded, then replayed
+        assert close(compiled(**inputs).logits, wanted, oracle.real)
+
+
 def depth_router(outputs: int = 2, layers: int = 0) -> Any:
     """A weight, or one for each of so many layers."""
     random = torch.Generator().manual_seed(2)
