@@ -176,7 +176,8 @@ def test_routers_compose_with_sparse_weights_and_their_layouts() -> None:
     compiled = sparsecc.compile(model, "cpu", spec, inputs, **EAGER)
     oracle = Oracle(model, inputs)
     wanted, _ = oracle.ftp(router, [0.4] * 2)
-    assert 'layout="token"' in compiled.ir("layout")
+    text = compiled.ir("layout")
+    assert 'layout="token"' in text and text.count("sparsecc.rotary(") == 4  # what the router reads of a block stays there, too
     for _ in range(2):  # recorded, then replayed
         assert close(compiled(**inputs).logits, wanted, oracle.real)
 
