@@ -16,7 +16,7 @@ from sparsecc.autotune.measure import interleaved
 from sparsecc.ir.route_ops import keep, received, route, scatter_kept
 
 LAYERS, TOKENS = 4, 1024
-IMAGES = (1, 4)
+IMAGES = (2, 8)
 
 
 def router(skipped: float) -> dict[str, Tensor]:

@@ -88,11 +88,18 @@ def received_fake(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | Non
 def features(importance: Tensor, real: Tensor, required: float) -> Tensor:
     """f32[B, S, 4], what FTP's router sees of a token: its place and its rank by importance f32[B, S], both over the number of real tokens
     (of equal ones the first ranks higher), the importance itself, and the fraction that the block is to skip."""
-    number = real.sum(-1, keepdim=True).clamp_min(1)
-    place = real.cumsum(-1) - 1
+    place = real.cumsum(-1)
+    return _features(importance, real, required, place, place[:, -1:])
+
+
+def _features(importance: Tensor, real: Tensor, required: float, place: Tensor, number: Tensor) -> Tensor:
+    """`place` i64[B, S] counts real tokens from 1, `number` [B, 1] is how many there are."""
     order = torch.where(real, importance, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(real.shape[1], device=real.device).expand_as(order))
-    return torch.stack([place / number, importance, rank / number, torch.full_like(importance, required)], -1)
+    made = importance.new_empty((*importance.shape, 4))
+    made[..., 0], made[..., 1], made[..., 2], made[..., 3] = place - 1, importance, rank, required
+    made[..., ::2] /= number.clamp_min(1).unsqueeze(-1)
+    return made
 
 
 def logits(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -109,8 +116,9 @@ def route(importance: Tensor, mask: Tensor | None, required: float, weights: lis
     """Scores f32[B, S] of FTP's learned router. The first and the last real token are kept in any case."""
     B, S = importance.shape
     real = real_tokens(mask, B, S, importance.device)
-    p = probability(logits(features(importance, real, required), weights))
-    place, number = real.cumsum(-1), real.sum(-1, keepdim=True)
+    place = real.cumsum(-1)
+    number = place[:, -1:]
+    p = probability(logits(_features(importance, real, required, place, number), weights))
     p = torch.where((place == 1) | (place == number), torch.inf, p)
     return torch.where(real, p, -torch.inf)
 
@@ -174,6 +182,10 @@ def keep(scores: Tensor, policy: str, seen: str) -> tuple[Tensor, Tensor]:
         counter.active += int(count.sum())
         counter.of += int((scores > -torch.inf).sum())
     size = min(S, -(-max(1, int(count.max())) // TOKEN_TILE) * TOKEN_TILE)
+    if len(mask) == 1:
+        idx = count.new_full((1, size), -1)
+        idx[0, : int(count)] = mask[0].nonzero()[:, 0]
+        return idx, count
     at = torch.where(mask, torch.arange(S, device=scores.device), S).sort(-1).values[:, :size]
     return torch.where(at < S, at, -1).int(), count
 

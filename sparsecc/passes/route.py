@@ -50,7 +50,8 @@ class Routes:
         call = self.program.graph.call_function
         if isinstance(rule.router, TokenRouter):
             weights = [self._const(f"router_{i}", w) for i, w in enumerate(rule.router.weights)]
-            return call(ROUTE, (self._importance(block, mask), mask, required, weights)), None
+            place = next(i for i, one in enumerate(self.blocks) if one.y is block.y)
+            return call(ROUTE, (self.importance(place, mask), mask, required, weights)), None
         assert isinstance(rule.router, DepthRouter)
         p = self._gate(block, source, rule.router, at)
         return call(ELIGIBLE, (p, mask, *(rule.span or (None, None)))), p
@@ -86,12 +87,8 @@ class Routes:
                 copies[node] = self.program.graph.node_copy(node, lambda n: copies.get(n, n))
         return copies[read]
 
-    def _importance(self, block: Block, mask: fx.Node | None) -> fx.Node:
-        """f32[B, S] of the tokens in front of a block."""
-        return self._before(next(i for i, one in enumerate(self.blocks) if one.y is block.y), mask)
-
-    def _before(self, at: int, mask: fx.Node | None) -> fx.Node:
-        """What the blocks in front of one have paid. A token that went past the last of them has what it was paid before."""
+    def importance(self, at: int, mask: fx.Node | None) -> fx.Node:
+        """f32[B, S]: what the blocks in front of one have paid. A token that went past the last of them has what it was paid before."""
         if at in self.paid:
             return self.paid[at]
         call = self.program.graph.call_function
@@ -104,7 +101,7 @@ class Routes:
             given = arguments(block.attention)
             paid = call(RECEIVED, (given["query"], _one_of_each(given["key"]), given.get("attn_mask"), count, given.get("scale")))
             if idx is not None:
-                paid = call(SCATTER_KEPT, (self._before(at - 1, mask), idx, paid))
+                paid = call(SCATTER_KEPT, (self.importance(at - 1, mask), idx, paid))
         self.paid[at] = paid
         return paid
 

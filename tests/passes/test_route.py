@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import sparsecc
-from examples.models import llama_stack
+from examples.models import bert_base, llama_stack
 from sparsecc.errors import SelectionError, SpecError
 from sparsecc.ir.text import parse_program, print_program
 
@@ -266,6 +266,33 @@ def test_a_fixed_number_follows_from_the_length() -> None:
         wanted, _ = depths(oracle, [None, weight], lambda p: p >= p.sort(descending=True).values[-(-len(p) // 2) - 1])
         assert close(compiled(**given).logits, wanted, oracle.real)
     assert "sparsecc.keep(" not in compiled.ir("skip")
+
+
+@pytest.mark.parametrize("name", ["opt", "bert"])
+def test_other_models_keep_everything_or_some(name: str) -> None:
+    """Learned positions and [B * S, D] (OPT), norms behind the sums (BERT): everything is the dense model, some agrees with the reference."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    if name == "opt":
+        config = OPTConfig(ffn_dim=96, word_embed_proj_dim=64, **sizes)
+        config._attn_implementation = "sdpa"
+        model, inputs = OPTForCausalLM(config).eval().requires_grad_(False), batch((24, 9))
+    else:
+        model, inputs = bert_base(intermediate_size=96, **sizes), batch((24, 9))
+        del inputs["use_cache"]
+    weight, real = depth_router(), inputs["attention_mask"].bool()
+    ys = {}
+    for target, policy in (("cpu", "threshold(-1.0)"), ("cpu", "threshold(0.5)"), ("reference", "threshold(0.5)")):
+        scale = "none" if "-1" in policy else "mlp"
+        spec = {"*": sparsecc.mixture_of_depths(weight, policy, scale, "original")}
+        compiled = sparsecc.compile(model, target, spec, inputs, **EAGER)
+        ys[target, policy] = compiled(**inputs)[0]
+        kept = [r["observed_kept"] for r in compiled.explain().to_dict()["regions"] if "mixture" in r["reason"]]
+        assert len(kept) == 2 and (kept == [1, 1] if scale == "none" else all(0 < k < 1 for k in kept))
+    assert close(ys["cpu", "threshold(-1.0)"], model(**inputs)[0], real)
+    assert close(ys["cpu", "threshold(0.5)"], ys["reference", "threshold(0.5)"], real)
 
 
 def test_nan_selects_nothing() -> None:
