@@ -81,11 +81,11 @@ class Routes:
             if node in inside and node not in wanted:
                 wanted.add(node)
                 todo += node.all_input_nodes
-        copies = {block.x: source}
+        copies = {block.x: source}  # behind a cut block its readers have been given the source already
         for node in block.inside:
             if node in wanted:
                 copies[node] = self.program.graph.node_copy(node, lambda n: copies.get(n, n))
-        return copies[read]
+        return copies.get(read, read)
 
     def importance(self, at: int, mask: fx.Node | None) -> fx.Node:
         """f32[B, S]: what the blocks in front of one have paid. A token that went past the last of them has what it was paid before."""

@@ -270,7 +270,7 @@ def test_a_fixed_number_follows_from_the_length() -> None:
 
 @pytest.mark.parametrize("name", ["opt", "bert"])
 def test_other_models_keep_everything_or_some(name: str) -> None:
-    """Learned positions and [B * S, D] (OPT), norms behind the sums (BERT): everything is the dense model, some agrees with the reference."""
+    """[B * S, D] (OPT), norms behind the sums (BERT): everything is the dense model, some agrees with the reference."""
     from transformers import OPTConfig, OPTForCausalLM
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64}
