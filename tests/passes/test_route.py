@@ -15,6 +15,7 @@ from sparsecc.errors import SelectionError, SpecError
 from sparsecc.ir.text import parse_program, print_program
 
 EAGER: dict[str, Any] = {"autotune": "none", "remainder": "eager"}
+SLOW_REFERENCE, SLOW_CPU = (pytest.param(target, marks=pytest.mark.slow) for target in ("reference", "cpu"))
 SCHEDULE = [0, 0.5, 0.5, 0.9, 0.5, 0]
 
 
@@ -126,7 +127,7 @@ def close(y: Tensor, wanted: Tensor, real: Tensor) -> bool:
     return torch.allclose(y[real], wanted[real], atol=2e-5)
 
 
-@pytest.mark.parametrize("target", ["reference", "cpu"])
+@pytest.mark.parametrize("target", [SLOW_REFERENCE, "cpu"])
 def test_the_learned_router_is_the_masked_dense_model(target: str) -> None:
     model, router = llama(), ftp_router()
     compiled = sparsecc.compile(model, target, {"layers.*": sparsecc.ftp(SCHEDULE, router)}, batch(), **EAGER)
@@ -142,7 +143,7 @@ def test_the_learned_router_is_the_masked_dense_model(target: str) -> None:
     assert print_program(parse_program(printed)) == printed
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_causal_calls_without_a_mask(strict: bool) -> None:
     model, router = llama(4), ftp_router(2, seed=0)
     schedule, inputs = [0.3, 0.5, 0.0, 0.5], batch((41, 41), masked=False)
@@ -155,7 +156,7 @@ def test_causal_calls_without_a_mask(strict: bool) -> None:
     assert (counts[0] == (29, 29)) if strict else any(a != b for a, b in counts)
 
 
-@pytest.mark.parametrize("bias", [-1e3, 1e3])
+@pytest.mark.parametrize("bias", [-1e3, pytest.param(1e3, marks=pytest.mark.slow)])
 def test_all_and_none(bias: float) -> None:
     """Only the protected tokens stay, or all of them, which is the dense model."""
     model, router, inputs = llama(3), ftp_router(bias=bias), batch((20, 9))
@@ -208,7 +209,7 @@ def depths(oracle: Oracle, routers: list[Tensor | None], policy: Any, **how: Any
     return oracle.finish(x), keeps
 
 
-@pytest.mark.parametrize("target", ["reference", "cpu"])
+@pytest.mark.parametrize("target", ["reference", SLOW_CPU])
 def test_mixture_of_depths_by_threshold(target: str) -> None:
     """gamma-MoD: a tied router behind the norm, compact positions, the feed-forward branch scaled; layers 2 and 3 of five."""
     model, weight, inputs = llama(5), depth_router(), batch((24, 17, 3))
@@ -246,7 +247,8 @@ def mass(p: Tensor, fraction: float) -> float:
     return s[-1]
 
 
-@pytest.mark.parametrize(("policy", "how", "chosen"), HOW, ids=[h[0] for h in HOW])
+@pytest.mark.parametrize(("policy", "how", "chosen"), [
+    HOW[0], pytest.param(*HOW[1], marks=pytest.mark.slow), HOW[2], pytest.param(*HOW[3], marks=pytest.mark.slow)])
 def test_mixture_of_depths_by_other_policies(policy: str, how: dict[str, Any], chosen: Any) -> None:
     model, inputs = llama(3), batch((24, 20))
     router = depth_router(1, layers=2)
@@ -268,7 +270,7 @@ def test_a_fixed_number_follows_from_the_length() -> None:
     assert "sparsecc.keep(" not in compiled.ir("skip")
 
 
-@pytest.mark.parametrize("name", ["opt", "bert"])
+@pytest.mark.parametrize("name", [pytest.param("opt", marks=pytest.mark.slow), "bert"])
 def test_other_models_keep_everything_or_some(name: str) -> None:
     """[B * S, D] (OPT), norms behind the sums (BERT): everything is the dense model, some agrees with the reference."""
     from transformers import OPTConfig, OPTForCausalLM
