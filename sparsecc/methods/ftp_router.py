@@ -129,5 +129,5 @@ def _mixed(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
     return x + through(p)[..., None].to(x.dtype) * (y - x)
 
 
-def _received(*args: Any) -> Tensor:
-    return received(*(a.detach() if isinstance(a, Tensor) else a for a in args))
+def _received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, scale: float | None) -> Tensor:
+    return received(q.detach(), k.detach(), mask, count, scale)
