@@ -17,15 +17,16 @@ from sparsecc.errors import (
     VerifyError,
 )
 from sparsecc.formats import ANY, block, channels, cols, heads, nm, rows, unstructured
+from sparsecc.merging import Merge, merge
 from sparsecc.prune import Coupled, PruneReport, flops, latency, prune, slicegpt
 from sparsecc.runtime.module import CompiledModule
-from sparsecc.skipping import Neurons, Tokens, ftp, neurons
+from sparsecc.skipping import Neurons, Tokens, ftp, mixture_of_depths, neurons
 from sparsecc.spec import SparsitySpec, options
 
 __version__ = "0.1.0"
 __all__ = [
-    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Coupled", "FormatError", "Neurons", "PatternViolation", "PruneReport",
-    "SelectionError", "ShapeError", "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "Tokens", "VerifyError",
-    "block", "channels", "cols", "compile", "flops", "ftp", "heads", "latency", "neurons", "nm", "options", "prune", "rows", "slicegpt",
-    "unstructured",
+    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Coupled", "FormatError", "Merge", "Neurons", "PatternViolation",
+    "PruneReport", "SelectionError", "ShapeError", "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "Tokens",
+    "VerifyError", "block", "channels", "cols", "compile", "flops", "ftp", "heads", "latency", "merge", "mixture_of_depths", "neurons",
+    "nm", "options", "prune", "rows", "slicegpt", "unstructured",
 ]

@@ -18,8 +18,10 @@ from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
 from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
+from sparsecc.ir.merge_ops import MERGE
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import Program
+from sparsecc.ir.route_ops import SCATTER_KEPT
 from sparsecc.ir.skip_ops import NEURONS, REQUEST, SCATTER
 from sparsecc.ir.text import print_program
 from sparsecc.ir.token_ops import DIALECT
@@ -34,6 +36,8 @@ from sparsecc.runtime.remainder import Remainder, begin, finish
 from sparsecc.spec import SparsitySpec, SpecLike
 from sparsecc.target import check_target, is_elsewhere, require_device, tuner_of
 
+RUN_TIME = (NEURONS, REQUEST, SCATTER, SCATTER_KEPT, MERGE)
+"""What has a region because of what it skips at run time."""
 EFFORTS = ("none", "quick", "full")
 SECONDS = {"none": 60.0, "quick": 45.0, "full": 600.0}
 """Budget of tuning, in seconds, unless `tune_seconds` is given."""
@@ -189,7 +193,7 @@ def explanation(history: History, options: Options, notes: Mapping[str, Any]) ->
     program = steps[-1].program
     shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, DEPTHWISE) and n.name in program.regions)]
     regions = [program.region(node) for node in shown]
-    regions += [program.regions[node.name] for node in program.graph.nodes if node.target in (NEURONS, REQUEST, SCATTER)]
+    regions += [program.regions[node.name] for node in program.graph.nodes if node.target in RUN_TIME and node.name in program.regions]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes}, steps[-1].program.dims)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsecc.errors import SpecError
 from sparsecc.ir.policy import Policy, parse_policy
+from sparsecc.routing import DepthRouter, TokenRouter, depth_router, token_policy, token_router
 
 ROUTERS = ("static",)
 REQUEST_SCORES = ("griffin", "core")
@@ -49,19 +52,35 @@ class Tokens:
     """Which tokens a transformer block is run on; all others pass it unchanged and are no keys in it.
 
     schedule: the fraction that each recognised block under the glob skips, in program order, in [0, 1); one number for all of them.
-    router: "static" keeps the first token and the latest ones.
+    router: "static" keeps the first token and the latest ones; the others are learned.
     positions: "original" (rotary embeddings and masks are those of the token's place in the sequence) or "compact" (it is renumbered).
+    policy: of the router's scores; None keeps what the schedule says, and an empty schedule leaves everything to the policy.
+    scale: what is multiplied by the router's probability, "mlp", "block" (what the block adds) or "none".
+    span: tokens first:end, a slice, that compete; the others are always kept.
     """
 
     schedule: tuple[float, ...]
-    router: str = "static"
+    router: str | TokenRouter | DepthRouter = "static"
     positions: str = "original"
+    policy: Policy | None = None
+    scale: str = "none"
+    span: tuple[int | None, int | None] | None = None
 
     def __str__(self) -> str:
-        return f"ftp({list(self.schedule)}, {self.router}, {self.positions})"
+        if isinstance(self.router, DepthRouter):
+            scaled = "" if self.scale == "none" else f", {self.scale} scaled"
+            return f"mixture_of_depths({self.policy}, {self.router}, {self.positions}{scaled})"
+        return f"ftp({list(self.schedule)}, {self.router}{f', {self.policy}' if self.policy else ''}, {self.positions})"
 
-    def skipped(self, block: int, blocks: int) -> float:
-        """The fraction that a block skips. Raises SpecError where the schedule is of another length."""
+    @property
+    def by_scores(self) -> bool:
+        """Whether the number of kept tokens depends on scores, or on padding, and not on the length alone."""
+        return self.policy is not None and (not self.policy.fixed or self.span is not None)
+
+    def skipped(self, block: int, blocks: int) -> float | None:
+        """The fraction that a block skips, None where it isn't known. Raises SpecError where the schedule is of another length."""
+        if not self.schedule:
+            return None
         if len(self.schedule) == 1:
             return self.schedule[0]
         if len(self.schedule) != blocks:
@@ -111,22 +130,60 @@ def neurons(
     return Neurons(chosen, dict(levels or {}), per_request)
 
 
-def ftp(schedule: Sequence[float] | float, router: str = "static", positions: str = "original") -> Tokens:
+def ftp(
+    schedule: Sequence[float] | float | None = None, router: str | Path | Mapping[str, Tensor] | TokenRouter = "static",
+    positions: str = "original", policy: str | None = None,
+) -> Tokens:
     """Token skipping by a schedule (FTP: fine-grained token-wise pruning, AMD 2024), for the values of a sparsity dict.
 
-    schedule: the fraction of tokens that each block skips, one number for all or one per block, each in [0, 1). Raises SpecError.
+    schedule: the fraction of tokens that each block skips, one number for all or one per block, each in [0, 1); None is the checkpoint's.
+    router: "static", or a learned one, see `routing.token_router`. policy: of a learned router's probabilities, "threshold(0.5)" unless
+    given; "schedule" keeps exactly as many as the schedule says. Blocks that skip 0 are left whole. Raises SpecError.
     """
+    if isinstance(router, str) and router != "static" and not Path(router).is_file():
+        raise SpecError(f"ftp(router={router!r}): the router is {' or '.join(map(repr, ROUTERS))}, a file or a dict of tensors")
+    learned = None if router == "static" else token_router(router)
+    if schedule is None:
+        if learned is None or learned.schedule is None:
+            raise SpecError("ftp(schedule=None): give the fraction that each block skips, the checkpoint doesn't have it")
+        schedule = learned.schedule
     values = tuple(float(v) for v in ([schedule] if isinstance(schedule, int | float) else schedule))
     if not values:
         raise SpecError("ftp(schedule=[]): give the fraction that each block skips")
     for i, value in enumerate(values):
         if not 0 <= value < 1:
             raise SpecError(f"ftp: schedule[{i}] = {value} lies outside [0, 1): it is the fraction of tokens that the block skips")
-    if router not in ROUTERS:
-        raise SpecError(f"ftp(router={router!r}): the router is {' or '.join(map(repr, ROUTERS))}")
+    if learned is None and policy not in (None, "schedule"):
+        raise SpecError(f"ftp(policy={policy!r}): policies judge scores, which a learned router gives; the static one follows its schedule")
+    _check_positions("ftp", positions)
+    if learned is None:
+        return Tokens(values, "static", positions)
+    found = None if policy == "schedule" else token_policy(policy or "threshold(0.5)", "ftp(policy=...)")
+    return Tokens(values, learned, positions, found)
+
+
+def mixture_of_depths(
+    router: str | Path | Tensor | Mapping[str, Tensor], policy: str = "threshold(0.005)", scale: Literal["mlp", "block", "none"] = "mlp",
+    positions: str = "compact", span: tuple[int | None, int | None] | None = None, reads: Literal["norm", "stream"] = "norm",
+) -> Tokens:
+    """Blocks on the tokens that a router picks (Raposo et al. 2024; the defaults are gamma-MoD's, Luo et al. 2024), for a sparsity dict.
+
+    router: see `routing.depth_router`. policy: of its probabilities, see `ir/policy.py`. scale: what the probability multiplies, the
+    feed-forward branch, all that the block adds, or nothing. span: tokens first:end, a slice, that compete; others, such as text around an
+    image, are always kept. reads: what the router is applied to. Raises SpecError.
+    """
+    if scale not in ("mlp", "block", "none"):
+        raise SpecError(f"mixture_of_depths(scale={scale!r}): use 'mlp', 'block' or 'none'")
+    if span is not None and (len(span) != 2 or not all(v is None or (isinstance(v, int) and not isinstance(v, bool)) for v in span)):
+        raise SpecError(f"mixture_of_depths(span={span!r}): give the first token that competes and the end, as of a slice")
+    _check_positions("mixture_of_depths", positions)
+    found = token_policy(policy, "mixture_of_depths(policy=...)")
+    return Tokens((), depth_router(router, reads), positions, found, scale, None if span is None else (span[0], span[1]))
+
+
+def _check_positions(what: str, positions: str) -> None:
     if positions not in ("original", "compact"):
-        raise SpecError(f"ftp(positions={positions!r}): use 'original' or 'compact'")
-    return Tokens(values, router, positions)
+        raise SpecError(f"{what}(positions={positions!r}): use 'original' or 'compact'")
 
 
 def matches(glob: str, names: Sequence[str]) -> bool:

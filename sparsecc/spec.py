@@ -11,6 +11,7 @@ from typing import Literal, Union
 from .errors import SpecError
 from .formats.codec import Raw
 from .formats.pattern import Pattern, parse_pattern
+from .merging import Merge
 from .skipping import Neurons, Skip, Tokens
 
 Mode = Literal["detect", "require", "dense"]
@@ -52,7 +53,7 @@ class Rule:
 DETECT = Rule()
 
 RuleLike = Rule | Pattern | str | None
-SpecLike = Union["SparsitySpec", RuleLike, Skip, Mapping[str, RuleLike | Skip]]
+SpecLike = Union["SparsitySpec", RuleLike, Skip | Merge, Mapping[str, RuleLike | Skip | Merge]]
 
 
 def options(pattern: RuleLike = None, codec: str | None = None, compute: str | None = None) -> Rule:
@@ -71,7 +72,7 @@ class SparsitySpec:
     """
 
     entries: tuple[tuple[str, Rule], ...] = ()
-    skips: tuple[tuple[str, Skip], ...] = ()
+    skips: tuple[tuple[str, Skip | Merge], ...] = ()
 
     @staticmethod
     def parse(sparsity: SpecLike) -> SparsitySpec:
@@ -81,13 +82,13 @@ class SparsitySpec:
         """
         if isinstance(sparsity, SparsitySpec):
             return sparsity
-        if isinstance(sparsity, Neurons | Tokens):
+        if isinstance(sparsity, Neurons | Tokens | Merge):
             sparsity = {"*": sparsity}
         if not isinstance(sparsity, Mapping):
             rule = _rule(sparsity)
             return SparsitySpec() if rule == DETECT else SparsitySpec((("*", rule),))
-        skips = tuple((str(glob), value) for glob, value in sparsity.items() if isinstance(value, Neurons | Tokens))
-        return SparsitySpec(tuple(_entry(g, v) for g, v in sparsity.items() if not isinstance(v, Neurons | Tokens)), skips)
+        skips = tuple((str(glob), value) for glob, value in sparsity.items() if isinstance(value, Neurons | Tokens | Merge))
+        return SparsitySpec(tuple(_entry(g, v) for g, v in sparsity.items() if not isinstance(v, Neurons | Tokens | Merge)), skips)
 
     def rule_for(self, module_name: str) -> Rule:
         """The rule of the last entry whose glob matches."""

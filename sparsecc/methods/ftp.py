@@ -57,7 +57,7 @@ class Model:
     def bind(self, schedule: Sequence[float], positions: str = "original") -> Callable[[], Sequence[Any]]:
         """The model with a schedule, op by op."""
         context = Context(SparsitySpec.parse({self.glob: ftp(schedule, positions=positions)}))
-        program = run_passes(self.program, (_Known(), Skip(), Lower()), context, disable=(), stop_after=None).program
+        program = run_passes(self.program, (Known(), Skip(), Lower()), context, disable=(), stop_after=None).program
         return lambda: program.run(*self.flat)
 
     def costs(self, seconds: float = 4.0) -> dict[float, float]:
@@ -68,7 +68,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """Stands for the passes that ran before."""
 
     name: str = "known"
@@ -100,10 +100,10 @@ def search(
     costs = costs or models[0].costs()
     price = lambda schedule: sum(cost_at(costs, s) for s in schedule) / count  # noqa: E731
     budget = cost_at(costs, skipped) + 1e-6
-    wanted = [_output(one.bind([0.0] * count)()) for one in models]
+    wanted = [output_of(one.bind([0.0] * count)()) for one in models]
 
     def error(schedule: Sequence[float]) -> float:
-        found = [_output(one.bind(schedule)()) for one in models]
+        found = [output_of(one.bind(schedule)()) for one in models]
         return sum(float((f - w).square().mean() / w.square().mean()) for f, w in zip(found, wanted, strict=True)) / len(models)
 
     random = torch.Generator().manual_seed(seed)
@@ -169,6 +169,6 @@ def _mutated(schedule: Sequence[float], random: torch.Generator, rate: float) ->
     return tuple(step(s) for s in schedule)
 
 
-def _output(values: Sequence[Any]) -> Tensor:
+def output_of(values: Sequence[Any]) -> Tensor:
     """The largest output: logits, or the last hidden state."""
     return max((v for v in values if isinstance(v, Tensor)), key=Tensor.numel).double()

@@ -105,6 +105,21 @@ def _ends(ffn: Ffn) -> tuple[fx.Node, fx.Node] | None:
     return (x, y) if y is not None and len(total.users) == 1 and y.target in (aten.layer_norm.default, aten.rms_norm.default) else None
 
 
+def common_part(program: Program, ffn: Ffn) -> tuple[fx.Node, tuple[fx.Node, ...], str] | str:
+    """(h, the nodes from the block's input to it, the name of the block's module), or why there is no such block around an FFN."""
+    ends = _ends(ffn)
+    if ends is None:
+        return "nothing like x + attention(x), then h + ffn(h), stands around its feed-forward block"
+    total = next(iter(ffn.down.node.users))
+    h = next(a for a in total.args if a is not ffn.down.node)
+    assert isinstance(h, fx.Node)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    inside = _between(ends[0], h, order)
+    linears = [LinearView(node) for node in (*inside, ffn.down.node) if node.target is LINEAR]
+    names = [Names.found(program).modules(program.weight_name(view.params[0]))[0] for view in linears]
+    return h, inside, common_module(names)
+
+
 def _unshaped(node: Any) -> Any:
     """What [batch * tokens, D] was [batch, tokens, D]."""
     return node.args[0] if isinstance(node, fx.Node) and node.target in RESHAPES else node

@@ -21,6 +21,7 @@ from torch import fx
 from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import LinearView, Program, Rule
+from sparsecc.ir.route_ops import RECEIVED
 from sparsecc.passes.attention import SDPA, is_causal, key_heads, mask_of
 from sparsecc.passes.between import sites
 from sparsecc.passes.context import Attention, Context
@@ -117,7 +118,7 @@ class _Plan:
     def _reads_tokens(self, value: fx.Node, user: fx.Node) -> bool:
         if user in self.owner:
             return value in self.owner[user].reads
-        if user.target in IMAGE_MEANINGS:
+        if user.target in IMAGE_MEANINGS or user.target is RECEIVED:
             return True
         if user not in self.linears:
             return False

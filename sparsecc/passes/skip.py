@@ -21,14 +21,18 @@ from torch.utils._pytree import tree_map
 
 from sparsecc.errors import SpecError
 from sparsecc.ir.infer import infer, new_size, value_of
-from sparsecc.ir.policy import Policy, kept_of
+from sparsecc.ir.policy import Policy
 from sparsecc.ir.program import TYPE_KEY, Program, Region, Rule
+from sparsecc.ir.route_ops import GATHER_KEPT, KEEP, SCATTER_KEPT
 from sparsecc.ir.skip_ops import GATHER, NEURONS, RECENCY, REQUEST, SCATTER, SELECT
+from sparsecc.merging import Merge
 from sparsecc.names import Names
 from sparsecc.passes.blocks import Block, find_blocks
 from sparsecc.passes.context import Context
 from sparsecc.passes.ffn import Ffn, find_ffns
+from sparsecc.passes.merge import merge_blocks
 from sparsecc.passes.pack import tokens_of
+from sparsecc.passes.route import Routes, counter, padding
 from sparsecc.skipping import Neurons, Tokens, level_of, matches
 from sparsecc.spec import SparsitySpec
 
@@ -53,14 +57,22 @@ class Skip:
             return
         ffns, missed = find_ffns(program)
         tokens = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Tokens)]
+        if ffns and all(_one_token(ffn) for ffn in ffns) and not any(rule.scale != "none" for _, rule in tokens):
+            context.notes += ["sequences of one token are run in full: a router keeps the first and the last one"] * bool(tokens)
+            tokens = []
         blocks, loose = find_blocks(program, ffns) if tokens else ([], [])
         context.notes += [f"no feed-forward block: {line}" for line in missed] + [f"no block: {line}" for line in loose]
         chosen = _blocks(program, tokens, blocks, loose + missed)
         rules = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Neurons)]
         picked = _ffns(program, rules, ffns, missed)
-        cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, value_of(blocks[0].x) if blocks else None)
-        for block, rule, fraction in chosen:
-            cutter.cut(block, rule, fraction)
+        merges = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Merge)]
+        if merges and tokens:
+            raise SpecError(f"{merges[0][0]!r} merges tokens and {tokens[0][0]!r} skips them: a model does one or the other")
+        merge_blocks(program, merges, ffns, _nothing)
+        like = value_of(blocks[0].x) if blocks else None
+        cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, like, Routes(program, blocks))
+        for one in chosen:
+            cutter.cut(*one)
         infer(program)
         for ffn, rule in picked:
             _replace_ffn(program, ffn, rule)
@@ -70,6 +82,12 @@ def blocks_under(program: Program, glob: str) -> list[Block]:
     """The recognised blocks that a glob names, in program order."""
     blocks, _ = find_blocks(program, find_ffns(program)[0])
     return [block for block in blocks if matches(glob, block.names)]
+
+
+def _one_token(ffn: Ffn) -> bool:
+    value = value_of(ffn.x)
+    size = value.shape[1] if isinstance(value, torch.Tensor) and value.ndim == 3 else None
+    return isinstance(size, int) and size == 1
 
 
 def _ffns(program: Program, rules: list[tuple[str, Neurons]], ffns: list[Ffn], missed: list[str]) -> list[tuple[Ffn, Neurons]]:
@@ -83,17 +101,17 @@ def _ffns(program: Program, rules: list[tuple[str, Neurons]], ffns: list[Ffn], m
 
 def _blocks(
     program: Program, rules: list[tuple[str, Tokens]], blocks: list[Block], missed: list[str]
-) -> list[tuple[Block, Tokens, float]]:
-    """Each block that a glob names, with the fraction that it skips. Raises SpecError for a glob that names none, and for a schedule of
-    another length than the blocks under its glob."""
-    taken: dict[int, tuple[Tokens, float]] = {}
+) -> list[tuple[Block, Tokens, float | None, int]]:
+    """Each block that a glob names, with the fraction that it skips and its place under the glob. Raises SpecError for a glob that names
+    none, and for a schedule of another length than the blocks under its glob."""
+    taken: dict[int, tuple[Tokens, float | None, int]] = {}
     for glob, rule in rules:
         under = [i for i, block in enumerate(blocks) if matches(glob, block.names)]
         if not under:
             _nothing(program, glob, "block", [block.names[0] for block in blocks], missed)
         for at, i in enumerate(under):
-            taken[i] = rule, rule.skipped(at, len(under))
-    return [(blocks[i], rule, fraction) for i, (rule, fraction) in sorted(taken.items()) if fraction > 0]
+            taken[i] = rule, rule.skipped(at, len(under)), at
+    return [(blocks[i], *one) for i, one in sorted(taken.items()) if one[1] != 0]
 
 
 def _nothing(program: Program, glob: str, what: str, names: list[str], missed: list[str]) -> None:
@@ -136,24 +154,35 @@ class Cutter:
     program: Program
     tokens: int
     like: Any
-    indices: dict[Any, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    routes: Routes
+    indices: dict[Any, tuple[fx.Node, fx.Node, fx.Node | None]] = field(default_factory=dict)
     gathered: dict[Any, fx.Node] = field(default_factory=dict)
     scattered: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=dict)
     moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
     made: dict[Any, Any] = field(default_factory=dict)
     _sizes: dict[Any, Any] = field(default_factory=dict)
 
-    def cut(self, block: Block, rule: Tokens, fraction: float) -> None:
-        """Gather before the block, scatter behind it. Blocks come in program order."""
+    def cut(self, block: Block, rule: Tokens, fraction: float | None, at: int) -> None:
+        """Gather before the block, scatter behind it. Blocks come in program order, each with its place under the rule's glob."""
         graph = self.program.graph
         source = self.moved.get(block.x, block.x)
+        mask = padding(block)
+        policy, p, more = rule.policy or Policy("ratio", round(1 - (fraction or 0.0), 6)), None, {}
         with graph.inserting_before(block.inside[0]):
-            idx, count = self._select(block, source, rule, fraction)
-            swapped = {source: self._take(source, idx, (1,)), **dict.fromkeys(block.sizes, count)}
-            tables = self._renumbered(count) if rule.positions == "compact" else idx
+            if rule.router == "static":
+                idx, size, count = self._select((RECENCY, mask), source, policy)
+            else:
+                scores, p = self.routes.scores(block, source, mask, rule, fraction, at)
+                if rule.by_scores:
+                    idx, size, count, more["seen"] = self._keep(scores, policy, block.names[0])
+                else:
+                    idx, size, count = self._select(scores, source, policy)
+            gather = GATHER if count is None else GATHER_KEPT
+            swapped = {source: self._take(source, idx, (1,), gather), **dict.fromkeys(block.sizes, size)}
+            tables = self._renumbered(size) if rule.positions == "compact" else idx
         for node, dims in block.tokens.items():
             with graph.inserting_before(next(inner for inner in block.inside if node in inner.all_input_nodes)):
-                swapped[node] = self._take(node, tables if _is_table(node, dims) else idx, dims)
+                swapped[node] = self._take(node, tables if _is_table(node, dims) else idx, dims, gather)
         shorter = partial(self._shorter, kept=value_of(idx).shape[1])
         for node in block.inside:
             node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: swapped.get(n, n))  # type: ignore[assignment]
@@ -161,17 +190,22 @@ class Cutter:
             for key in ("val", "example_value"):
                 if key in node.meta:
                     node.meta[key] = tree_map(shorter, node.meta[key])
-        users = list(block.y.users)
+        y = block.y if p is None or rule.scale == "none" else self.routes.scale(block, rule, p, idx, swapped[source])
+        if count is not None:
+            self.routes.hide(block, idx)
+        self.routes.cuts[block.y] = idx, count
+        users = list(y.users)
         base, same, _ = self.scattered.get(source, (source, None, None))
         base = base if same is idx else source
-        with graph.inserting_after(block.y):
-            out = graph.call_function(SCATTER, (base, idx, block.y))
+        with graph.inserting_after(y):
+            out = graph.call_function(SCATTER if count is None else SCATTER_KEPT, (base, idx, y))
         for user in users:
-            user.replace_input_with(block.y, out)
-        self.scattered[out], self.moved[block.y] = (base, idx, block.y), out
-        more = {"m": self.tokens, "expected_kept": 1 - fraction}
-        self.program.regions[out.name] = Region(
-            block.names[0], (), f"skips {fraction:.0%} of tokens", f"{rule}: skipped tokens are no keys in it", more=more)
+            user.replace_input_with(y, out)
+        self.scattered[out], self.moved[block.y] = (base, idx, y), out
+        expected = 1 - fraction if fraction is not None else policy.value if policy.name == "ratio" and not rule.by_scores else None
+        more |= {"m": self.tokens} | ({} if expected is None else {"expected_kept": expected})
+        what = f"skips {fraction:.0%} of tokens" if fraction is not None else f"tokens by {policy}"
+        self.program.regions[out.name] = Region(block.names[0], (), what, f"{rule}: skipped tokens are no keys in it", more=more)
 
     def _renumbered(self, count: fx.Node) -> fx.Node:
         """0, 1, 2, ... as indices [1, K]."""
@@ -180,28 +214,38 @@ class Cutter:
             self.gathered[count] = call(aten.unsqueeze.default, (call(aten.arange.default, (count,)), 0))
         return self.gathered[count]
 
-    def _take(self, node: fx.Node, idx: fx.Node, dims: tuple[int, ...]) -> fx.Node:
+    def _take(self, node: fx.Node, idx: fx.Node, dims: tuple[int, ...], gather: Any) -> fx.Node:
         """The kept rows of a value. Those of a value that the same indices were scattered into are what was scattered."""
         if node in self.scattered and self.scattered[node][1] is idx and dims == (1,):
             return self.scattered[node][2]
         key = (node, idx, dims)
         if key not in self.gathered:
-            self.gathered[key] = self.program.graph.call_function(GATHER, (node, idx, list(dims)))
+            self.gathered[key] = self.program.graph.call_function(gather, (node, idx, list(dims)))
         return self.gathered[key]
 
-    def _select(self, block: Block, source: fx.Node, rule: Tokens, fraction: float) -> tuple[fx.Node, fx.Node]:
-        """(indices, their number)"""
-        mask = next((node for node, dims in block.tokens.items() if len(dims) == 2), None)
-        kept = round(1 - fraction, 6)
-        key = (mask, kept)
+    def _select(self, by: Any, source: fx.Node, policy: Policy) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """(indices, their number, None): scores, or what they are computed by, and a policy that keeps a fixed number of them."""
+        key = (by, str(policy))
         if key not in self.indices:
             call = self.program.graph.call_function
-            scores = call(RECENCY, (source, mask))
-            idx = call(operator.getitem, (call(SELECT, (scores, str(Policy("ratio", kept)))), 0))
-            idx.meta["val"] = self._example(kept)
-            self.indices[key] = idx, call(aten.sym_size.int, (idx, 1))
+            scores = by if isinstance(by, fx.Node) else call(by[0], (source, by[1]))
+            idx = call(operator.getitem, (call(SELECT, (scores, str(policy))), 0))
+            idx.meta["val"] = self._example(policy)
+            self.indices[key] = idx, call(aten.sym_size.int, (idx, 1)), None
         return self.indices[key]
 
+    def _keep(self, scores: fx.Node, policy: Policy, name: str) -> tuple[fx.Node, fx.Node, fx.Node, Any]:
+        """(indices, their number, how many of them each row has, what counts them)"""
+        call = self.program.graph.call_function
+        key, seen = counter(name)
+        chosen = call(KEEP, (scores, str(policy), key))
+        idx, count = (call(operator.getitem, (chosen, i)) for i in range(2))
+        idx.meta["val"] = self._example(policy)
+        with self.like.fake_mode:
+            count.meta["val"] = torch.empty(self.like.shape[:1], dtype=torch.int32)
+        chosen.meta["val"] = (idx.meta["val"], count.meta["val"])
+        self.indices[scores, key] = idx, (size := call(aten.sym_size.int, (idx, 1))), count
+        return idx, size, count, seen
 
     def _shorter(self, value: Any, kept: Any) -> Any:
         """What stands for a value of the block, a fake tensor or a size, with fewer tokens. Equal ones are made once: a block has a
@@ -228,13 +272,14 @@ class Cutter:
                 self.made[key] = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
         return self.made[key]
 
-    def _example(self, kept: float) -> Any:
+    def _example(self, policy: Policy) -> Any:
         """Indices whose number is a size of its own: inference over the blocks would be slow with one that is computed from the length."""
         size = self.like.shape[1]
-        hint = kept_of(int(size.node.hint or 128), kept)
+        tokens = int(size.node.hint or 128)
         mode = self.like.fake_mode
         with mode:
-            return torch.empty((self.like.shape[0], new_size(mode, f"kept_{len(self.indices)}", max(2, hint))), dtype=torch.int32)
+            hint = max(2, policy.size(tokens) or tokens // 2)
+            return torch.empty((self.like.shape[0], new_size(mode, f"kept_{len(self.indices)}", hint)), dtype=torch.int32)
 
 
 def _is_table(node: fx.Node, dims: tuple[int, ...]) -> bool:
