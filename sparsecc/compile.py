@@ -17,6 +17,7 @@ from sparsecc.autotune.progress import progress
 from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
+from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT
 from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import Program
@@ -34,6 +35,7 @@ from sparsecc.runtime.remainder import Remainder, begin, finish
 from sparsecc.spec import SparsitySpec, SpecLike
 from sparsecc.target import check_target, is_elsewhere, require_device, tuner_of
 
+SKIPPING = (NEURONS, REQUEST, SCATTER, PROMPT, CORE_TOKENS)
 EFFORTS = ("none", "quick", "full")
 SECONDS = {"none": 60.0, "quick": 45.0, "full": 600.0}
 """Budget of tuning, in seconds, unless `tune_seconds` is given."""
@@ -189,7 +191,7 @@ def explanation(history: History, options: Options, notes: Mapping[str, Any]) ->
     program = steps[-1].program
     shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, DEPTHWISE) and n.name in program.regions)]
     regions = [program.region(node) for node in shown]
-    regions += [program.regions[node.name] for node in program.graph.nodes if node.target in (NEURONS, REQUEST, SCATTER)]
+    regions += [program.regions[node.name] for node in program.graph.nodes if node.target in SKIPPING]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes}, steps[-1].program.dims)
 

@@ -15,7 +15,7 @@ from sparsecc.ir.policy import Policy, parse_policy
 ROUTERS = ("static",)
 REQUEST_SCORES = ("griffin", "core")
 """How a prompt ranks neurons: by the norm of their share in each token (GRIFFIN), or by how many tokens count them among their largest
-positive ones (CoreInfer, CoreMatching)."""
+(CoreInfer; CoreMatching's own definition is in `cores.py`)."""
 
 
 @dataclass(frozen=True)

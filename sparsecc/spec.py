@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, Union
 
+from .cores import Cores
 from .errors import SpecError
 from .formats.codec import Raw
 from .formats.pattern import Pattern, parse_pattern
@@ -52,7 +53,7 @@ class Rule:
 DETECT = Rule()
 
 RuleLike = Rule | Pattern | str | None
-SpecLike = Union["SparsitySpec", RuleLike, Skip, Mapping[str, RuleLike | Skip]]
+SpecLike = Union["SparsitySpec", RuleLike, Skip, Cores, Mapping[str, RuleLike | Skip | Cores]]
 
 
 def options(pattern: RuleLike = None, codec: str | None = None, compute: str | None = None) -> Rule:
@@ -71,7 +72,7 @@ class SparsitySpec:
     """
 
     entries: tuple[tuple[str, Rule], ...] = ()
-    skips: tuple[tuple[str, Skip], ...] = ()
+    skips: tuple[tuple[str, Skip | Cores], ...] = ()
 
     @staticmethod
     def parse(sparsity: SpecLike) -> SparsitySpec:
@@ -81,13 +82,13 @@ class SparsitySpec:
         """
         if isinstance(sparsity, SparsitySpec):
             return sparsity
-        if isinstance(sparsity, Neurons | Tokens):
+        if isinstance(sparsity, Neurons | Tokens | Cores):
             sparsity = {"*": sparsity}
         if not isinstance(sparsity, Mapping):
             rule = _rule(sparsity)
             return SparsitySpec() if rule == DETECT else SparsitySpec((("*", rule),))
-        skips = tuple((str(glob), value) for glob, value in sparsity.items() if isinstance(value, Neurons | Tokens))
-        return SparsitySpec(tuple(_entry(g, v) for g, v in sparsity.items() if not isinstance(v, Neurons | Tokens)), skips)
+        skips = tuple((str(glob), value) for glob, value in sparsity.items() if isinstance(value, Neurons | Tokens | Cores))
+        return SparsitySpec(tuple(_entry(g, v) for g, v in sparsity.items() if not isinstance(v, Neurons | Tokens | Cores)), skips)
 
     def rule_for(self, module_name: str) -> Rule:
         """The rule of the last entry whose glob matches."""

@@ -76,7 +76,7 @@ def _ffns(program: Program, rules: list[tuple[str, Neurons]], ffns: list[Ffn], m
     """The rule of each block: that of the last glob that names it. Raises SpecError for a glob that names none."""
     for glob, _ in rules:
         if not any(matches(glob, ffn.names) for ffn in ffns):
-            _nothing(program, glob, "feed-forward block", [ffn.names[0] for ffn in ffns], missed)
+            nothing(program, glob, "feed-forward block", [ffn.names[0] for ffn in ffns], missed)
     found = [(ffn, next((rule for glob, rule in reversed(rules) if matches(glob, ffn.names)), None)) for ffn in ffns]
     return [(ffn, rule) for ffn, rule in found if rule is not None]
 
@@ -90,13 +90,14 @@ def _blocks(
     for glob, rule in rules:
         under = [i for i, block in enumerate(blocks) if matches(glob, block.names)]
         if not under:
-            _nothing(program, glob, "block", [block.names[0] for block in blocks], missed)
+            nothing(program, glob, "block", [block.names[0] for block in blocks], missed)
         for at, i in enumerate(under):
             taken[i] = rule, rule.skipped(at, len(under))
     return [(blocks[i], rule, fraction) for i, (rule, fraction) in sorted(taken.items()) if fraction > 0]
 
 
-def _nothing(program: Program, glob: str, what: str, names: list[str], missed: list[str]) -> None:
+def nothing(program: Program, glob: str, what: str, names: list[str], missed: list[str]) -> None:
+    """Raises SpecError for a glob that names nothing; warns where the program is a part of a model that isn't known as a whole."""
     reasons = "".join(f"\n  {line}" for line in missed[:4])
     known = f"; recognised are {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" if names else "; none was recognised"
     message = f"{glob!r} names no {what} of this model{known}{reasons}"
