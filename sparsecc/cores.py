@@ -16,19 +16,21 @@ KEEPS = ("knee", "all", "topk", "ratio", "atleast", "threshold")
 
 @dataclass
 class Kept:
-    """Candidates that stayed in the prompts so far, of those that there were."""
+    """Candidates that stayed in the prompts so far, of those that there were; `latest`: the places i64[n] of all tokens that stayed in the
+    latest prompt."""
 
     active: int = 0
     of: int = 0
+    latest: Tensor | None = None
 
     @property
     def kept(self) -> float | None:
         """The fraction, None before the first prompt."""
         return self.active / self.of if self.of else None
 
-    def __call__(self, active: int, of: int) -> None:
-        """Counts a prompt."""
-        self.active, self.of = self.active + active, self.of + of
+    def __call__(self, latest: Tensor, others: int, of: int) -> None:
+        """Counts a prompt: what stayed, and how many of that were no candidates."""
+        self.active, self.of, self.latest = self.active + latest.numel() - others, self.of + of, latest
 
 
 @dataclass(frozen=True)

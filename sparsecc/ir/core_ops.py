@@ -76,7 +76,7 @@ def core_tokens(scores: Tensor, candidates: Tensor, policy: str, kernel: str) ->
     idx, count = select(keep[None].to(torch.int32), "nonzero")
     fn: Any = KERNELS.get(kernel)
     if fn is not None:  # counts for the explanation
-        fn(int(count) - (free.numel() - at.numel()), at.numel())
+        fn(keep.nonzero().flatten(), free.numel() - at.numel(), at.numel())
     return idx, count
 
 

@@ -91,6 +91,8 @@ class CoreMatching:
         self, model: nn.Module, rule: Cores | None, example_inputs: Mapping[str, Tensor], target: str = "cpu", glob: str = "*", **options: Any
     ) -> None:
         _require_whole_attention(model)
+        if rule is not None and rule.positions != "original":
+            raise SpecError("CoreMatching: tokens after a prompt go on from its length; compact positions are for prompts without a cache")
         sparsity: Any = None if rule is None else {glob: rule}
         inputs = _checked(example_inputs)
         shapes: Any = {name: {1: Dim.AUTO} if name == "input_ids" else None for name in inputs}
