@@ -41,9 +41,9 @@ def llava(hidden: int = 64, ffn: int = 256, layers: int = 4, heads: int = 4, kv_
 
 
 def disc(grid: int) -> Tensor:
-    """bool[grid, grid]: patches about the middle, about a tenth of them."""
+    """bool[grid, grid]: patches about the middle, five at least."""
     at = torch.arange(grid) - (grid - 1) / 2
-    return at[:, None] ** 2 + at[None] ** 2 < 0.033 * grid * grid
+    return at[:, None] ** 2 + at[None] ** 2 < max(1.5, 0.02 * grid * grid)
 
 
 def picture(grid: int, seed: int = 0) -> Tensor:
@@ -67,19 +67,24 @@ def _plant(model: Any, grid: int) -> None:
     table, second = model.get_input_embeddings().weight, model.model.multi_modal_projector.linear_2
     base = torch.randn(table.shape[1], generator=random)
     base /= base.norm()
-    table.copy_(0.02 * (torch.randn(table.shape, generator=random) + 4 * base * table.shape[1] ** 0.5))
+    unit = table.shape[1] ** 0.5  # the norm of a row whose entries are about one
+    table.copy_(torch.randn(table.shape, generator=random) + 4 * unit * base)
     hidden: list[Tensor] = []
     hook = second.register_forward_hook(lambda module, args, y: hidden.append(args[0].flatten(0, -2)))
     model.model.get_image_features(pixel_values=picture(grid), return_dict=True)
     hook.remove()
-    h = hidden[0].double()
-    weight = second.weight.double() - torch.outer(base.double(), base.double() @ second.weight.double())
-    weight *= 0.02 * table.shape[1] ** 0.5 / (h @ weight.t()).norm(dim=1).mean()
-    wanted = disc(grid).flatten().double() * 0.08 * table.shape[1] ** 0.5
-    square = h.t() @ h
-    along = torch.linalg.solve(square + 1e-3 * square.diagonal().mean() * torch.eye(len(square)).double(), h.t() @ wanted)
-    second.weight.copy_(weight + torch.outer(base.double(), along))
-    second.bias.zero_()
+    h, bright, along = hidden[0].double(), disc(grid).flatten(), base.double()
+    middle = h[~bright].mean(0)  # what all other patches share would be a direction of its own
+    lead = h[bright].mean(0) - middle
+    lead /= lead.norm()
+    weight = second.weight.double() - torch.outer(along, along @ second.weight.double())
+    weight -= torch.outer(weight @ lead, lead)
+    weight *= 3 * unit / ((h[~bright] - middle) @ weight.t()).norm(dim=1).mean()
+    square = (h - middle).t() @ (h - middle)
+    fit = torch.linalg.solve(square + 1e-3 * square.diagonal().mean() * torch.eye(len(square)).double(), (h - middle).t() @ bright.double())
+    weight += 4 * unit * torch.outer(along, fit)
+    second.weight.copy_(weight)
+    second.bias.copy_(-weight @ middle)
 
 
 def save(path: Path, image: Tensor, kept: Tensor) -> None:

@@ -4,7 +4,7 @@
                               over the bits, which order positive floats as integers; then a count for each neuron, of each task
     2  parallel over neurons  out = the sum of every task's
 
-A row is read about thirty times, from the first-level cache. Of equal values the first ones count. NaN counts as flag[task] > 0.
+A row is read some fifteen times, from the first-level cache, up to thirty where values are tied. Of equal values the first ones count. NaN counts as flag[task] > 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _write_row(w: Writer, dtype: str, lanes: int) -> None:
     _count(w, lanes, "nan", bits, lambda b, n: f"{size(b, n)} > {number(2139095040, n)}")
     w("flag[task] = flag[task] + nan[0]")
     w.opaque("limit", '(T.Cast("int64", positive[0]) * num + den - 1) // den')
-    for name, start in (("low", "T.int32(1)"), ("high", "T.int32(2139095040)")):
+    for name, start in (("low", "T.int32(1)"), ("high", "T.int32(2139095040)"), ("tied", "T.int32(1)")):
         w(f'{name} = T.alloc_buffer((1,), "int32", scope="global")')
         w(f"{name}[0] = {start}")
     with w.block("for step in range(T.if_then_else(limit > 0, 31, 0)):"):  # the largest bits that `limit` values reach
@@ -58,24 +58,26 @@ def _write_row(w: Writer, dtype: str, lanes: int) -> None:
             w("middle: T.let = low[0] + (high[0] - low[0]) // 2 + (high[0] - low[0]) % 2")
             _count(w, lanes, "reach", bits, lambda b, n: f"{b} >= {splat('middle', n)}")
             w.opaque("enough", 'T.Cast("int64", reach[0]) - limit')
-            w("high[0] = T.if_then_else(enough >= 0, high[0], middle - 1)")
+            w("tied[0] = T.if_then_else(enough == 0, 0, tied[0])")  # as many as wanted: the rest of the bits don't matter
+            w("high[0] = T.if_then_else(enough > 0, high[0], T.if_then_else(enough < 0, middle - 1, middle))")
             w("low[0] = T.if_then_else(enough >= 0, middle, low[0])")
     with w.block("if limit > 0:"):
-        w("cut: T.let = low[0]")
-        _count(w, lanes, "above", bits, lambda b, n: f"{b} > {splat('cut', n)}")
-        w('spare = T.alloc_buffer((1,), "int64", scope="global")')
-        w('spare[0] = limit - T.Cast("int64", above[0])')
+        w("cut: T.let = low[0] - 1 + tied[0]")
 
         def add(at: str, n: int) -> None:
             place = vec("work", f"own + {at}", n)
             w(f'{place} = {place} + T.Cast("int32{_x(n)}", {bits(at, n)} > {splat("cut", n)})')
 
         _vectors(w, lanes, add)
-        with w.block("for i in range(F):"):
-            one = bits("i", 1)
-            w(f"equal: T.let = T.And({one} == cut, spare[0] > 0)")
-            w('work[own + i] = work[own + i] + T.Cast("int32", equal)')
-            w('spare[0] = spare[0] - T.Cast("int64", equal)')
+        with w.block("if tied[0] > 0:"):
+            _count(w, lanes, "above", bits, lambda b, n: f"{b} > {splat('cut', n)}")
+            w('spare = T.alloc_buffer((1,), "int64", scope="global")')
+            w('spare[0] = limit - T.Cast("int64", above[0])')
+            with w.block("for i in range(F):"):
+                one = bits("i", 1)
+                w(f"equal: T.let = T.And({one} == cut, spare[0] > 0)")
+                w('work[own + i] = work[own + i] + T.Cast("int32", equal)')
+                w('spare[0] = spare[0] - T.Cast("int64", equal)')
 
 
 def _count(w: Writer, lanes: int, name: str, bits: Callable[[str, int], str], holds: Callable[[str, int], str]) -> None:
