@@ -28,6 +28,7 @@ from sparsecc.ir.skip_ops import GATHER, REQUEST
 from sparsecc.passes.blocks import SUMS, entering, joined
 from sparsecc.passes.context import Context
 from sparsecc.passes.ffn import Ffn, find_ffns
+from sparsecc.passes.grouped import group_queries
 from sparsecc.passes.pack import tokens_of
 from sparsecc.passes.skip import nothing
 from sparsecc.skipping import matches
@@ -71,6 +72,7 @@ def _match(program: Program, glob: str, rule: Cores) -> None:
     if size == 1:
         for ffn in decoder:
             _replace(program, ffn, rule, None)
+        group_queries(program)
         return infer(program)
     if isinstance(size, int):
         raise SpecError(f"core_matching: the prompt was captured as exactly {size} tokens: let their number vary, by dynamic_shapes, or "
