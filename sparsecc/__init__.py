@@ -25,8 +25,10 @@ from sparsecc.spec import SparsitySpec, options
 
 __version__ = "0.1.0"
 __all__ = [
-    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Cores", "Coupled", "FormatError", "Neurons", "PatternViolation", "PruneReport",
+    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Cores", "Coupled",
+    "FormatError", "Neurons", "PatternViolation", "PruneReport",
     "SelectionError", "ShapeError", "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "Tokens", "VerifyError",
-    "block", "channels", "cols", "compile", "core_matching", "flops", "ftp", "heads", "latency", "neurons", "nm", "options", "prune", "rows", "slicegpt",
+    "block", "channels", "cols", "compile", "core_matching",
+    "flops", "ftp", "heads", "latency", "neurons", "nm", "options", "prune", "rows", "slicegpt",
     "unstructured",
 ]

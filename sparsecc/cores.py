@@ -35,8 +35,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Cores:
-    """What `core_matching` was given. `sets`: the core neurons i32[K] of the latest prompt by the name of their feed-forward block, -1 before
-    the first one; `seen`: candidates that prompts kept so far, of how many."""
+    """What `core_matching` was given. `sets`: the core neurons i32[K] of the latest prompt by the name of their feed-forward block, before the
+    first one -1; `seen`: candidates that prompts kept so far, of how many."""
 
     rho: float
     beta: float
@@ -78,8 +78,8 @@ def core_matching(
 ) -> Cores:
     """Core neurons for generated tokens, core tokens for a prompt's image (CoreMatching, Wang et al. 2025). A value of a sparsity dict.
 
-    A prompt chooses, per feed-forward block, the neurons that most of its tokens have among the largest `rho` of their positive activations:
-    `beta` of all. Tokens after it compute those alone. At decoder block `layer` (from 0) each image token is scored by how many core
+    A prompt chooses, per feed-forward block, `beta` of the neurons: those that most tokens have among the largest `rho` of their positive
+    activations. Tokens after it compute those alone. At decoder block `layer` (from 0) each image token is scored by how many core
     neurons it activates; those below the knee of the sorted scores leave the prompt, and all blocks behind it run without them.
 
     candidates: the tokens that may leave: None for those that image features are scattered into, a token id, or a span (start, end). All
@@ -105,4 +105,4 @@ def _candidates(value: Any) -> int | tuple[int, int] | None:
         return value
     if isinstance(value, tuple | list) and len(value) == 2 and all(map(whole, value)) and value[0] < value[1]:
         return int(value[0]), int(value[1])
-    raise SpecError(f"core_matching(candidates={value!r}): a token id, a span (start, end) of places in the prompt, or None for image tokens")
+    raise SpecError(f"core_matching(candidates={value!r}): a token id, a span (start, end) of places, or None for image tokens")

@@ -1,11 +1,12 @@
 """CoreMatching's ops: a prompt chooses the neurons and the tokens that count (Wang et al., ICML 2025).
 
-    core_prompt(x, weights, ..., kept)       a feed-forward block in full; writes its core neurons   [B, S, D] -> [B, S, D], i32[B, S] or [0]
+    core_prompt(x, weights, ..., kept)       a feed-forward block; writes its core neurons           [B, S, D] -> [B, S, D], i32[B, S]
     core_tokens(scores, candidates, policy)  which tokens stay                                       i32[B, S] -> i32[B, S], i32[B]
     shrink(idx, count)                       as many indices as there are                            i32[B, S] -> i32[B, n]
+    span(x, start, end)                      places of a span                                        [B, S, ...] -> bool[B, S]
 
-A token's core neurons are the largest rho of its positive activations, a sentence's those that most tokens have; a token's score is how many
-of the sentence's core neurons it activates. All of it counts integers: there is nothing to round. Of equal values the lower index wins.
+A token's core neurons are the largest rho of its positive activations, a sentence's those that most tokens have; a token's score is how
+many of the sentence's core neurons it activates. All of it counts integers: there is nothing to round. Of equal values the lower index wins.
 """
 from __future__ import annotations
 

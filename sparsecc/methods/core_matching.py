@@ -1,6 +1,6 @@
-"""CoreMatching end to end (Wang et al., ICML 2025): prefill and decode of a decoder, or a vision-language model, with a KV cache of its own.
+"""CoreMatching end to end (Wang et al., ICML 2025): prefill and decode of a decoder, or a vision-language model, with a cache of its own.
 
-    core = CoreMatching(model, sparsecc.core_matching(rho=0.2, beta=0.4, layer=2), example_inputs={"input_ids": ids, "pixel_values": picture})
+    core = CoreMatching(model, sparsecc.core_matching(rho=0.2, beta=0.4, layer=2), {"input_ids": ids, "pixel_values": picture})
     state = core.prefill(input_ids=ids, pixel_values=picture)      # chooses core neurons and core tokens
     state = core.step(state.logits.argmax(-1), state)              # one token: core neurons alone, on the kept tokens' keys
     tokens = core.generate(32, input_ids=ids, pixel_values=picture)
@@ -88,7 +88,8 @@ class CoreMatching:
     """
 
     def __init__(
-        self, model: nn.Module, rule: Cores | None, example_inputs: Mapping[str, Tensor], target: str = "cpu", glob: str = "*", **options: Any
+        self, model: nn.Module, rule: Cores | None, example_inputs: Mapping[str, Tensor], target: str = "cpu", glob: str = "*",
+        **options: Any,
     ) -> None:
         _require_whole_attention(model)
         if rule is not None and rule.positions != "original":
@@ -101,13 +102,15 @@ class CoreMatching:
         state = self.prefill(**inputs)
         past: Any = [{2: Dim.AUTO} for _ in state.keys]
         shapes = {"input_ids": None, "position_ids": None, "keys": past, "values": past}
-        self.token: CompiledModule = compile(Token(model), target, sparsity, self._inputs(state.logits.argmax(-1), state), shapes, **options)
+        first = self._inputs(state.logits.argmax(-1), state)
+        self.token: CompiledModule = compile(Token(model), target, sparsity, first, shapes, **options)
 
     def prefill(self, **inputs: Tensor) -> State:
         """The prompt. Raises SelectionError for a batch, a prompt of one token, one without image tokens, and NaN activations."""
         given = _checked(inputs)
         logits, keys, values = self.prompt(**given)
-        return State(logits, list(keys), list(values), given["input_ids"].shape[1])
+        rows = ([t.contiguous() for t in part] for part in (keys, values))  # as all later ones lie, which one graph is made for
+        return State(logits, *rows, given["input_ids"].shape[1])
 
     def step(self, token: Tensor, state: State) -> State:
         """One more token i64[1, 1] after a state of the latest prompt."""
@@ -132,12 +135,13 @@ class CoreMatching:
 def _checked(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A prompt's inputs. Raises SpecError for others than those that graphs take, SelectionError for a shape that nothing can leave."""
     if unknown := set(inputs) - {"input_ids", "pixel_values"}:
-        raise SpecError(f"CoreMatching takes input_ids and pixel_values, not {', '.join(sorted(unknown))}: prompts come one at a time, unpadded")
+        names = ", ".join(sorted(unknown))
+        raise SpecError(f"CoreMatching takes input_ids and pixel_values, not {names}: prompts come one at a time, unpadded")
     ids = inputs.get("input_ids")
     if ids is None or ids.ndim != 2:
         raise SpecError("CoreMatching needs input_ids [1, M]")
     if ids.shape[0] != 1:
-        raise SelectionError(f"input_ids is a batch of {ids.shape[0]} prompts, of which each keeps another number of tokens: give one at a time")
+        raise SelectionError(f"input_ids is a batch of {ids.shape[0]} prompts, of which each keeps another number: give one at a time")
     if ids.shape[1] < 2:
         raise SelectionError("input_ids is a prompt of one token, of which none can leave: give the whole prompt")
     return dict(inputs)

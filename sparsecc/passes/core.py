@@ -81,8 +81,7 @@ def _match(program: Program, glob: str, rule: Cores) -> None:
         raise SpecError(f"core_matching(layer={rule.layer}): the decoder under {glob!r} has {len(decoder)} blocks, 0 to {len(decoder) - 1}")
     cut = sums[rule.layer]
     if cut is None:
-        raise SpecError(f"core_matching(layer={rule.layer}): nothing is added to the stream by {decoder[rule.layer].names[0]}, where tokens "
-                        "would leave")
+        raise SpecError(f"core_matching(layer={rule.layer}): {decoder[rule.layer].names[0]} adds nothing to a stream, where tokens would leave")
     made = [_replace(program, ffn, rule, i == rule.layer) for i, ffn in enumerate(decoder)]
     program.finish()
     infer(program)
@@ -185,7 +184,7 @@ class _Cut:
                     node.meta[key] = tree_map(self._shorter, node.meta[key])
         more = {"seen": self.rule.seen, "seen_in": "prompts", "m": tokens_of(self.stream)}
         self.program.regions[both.name] = Region(
-            name, (), str(self.rule), f"core tokens: {self.rule.tokens} of the image's scores; the others leave behind this block", more=more)
+            name, (), str(self.rule), f"core tokens: {self.rule.tokens} of the image's scores; others leave behind this block", more=more)
 
     def _tail(self, order: dict[fx.Node, int]) -> set[fx.Node]:
         """What is computed from the stream, and added dimensions of values that only it uses, such as each layer's own of rotary tables."""
@@ -204,13 +203,13 @@ class _Cut:
         if asked is not None:
             source = next((n for n in order if n.target in EMBEDDINGS and self._is_ids(n.all_input_nodes)), None)
             if source is None:
-                raise SpecError(f"core_matching(candidates={asked}): no token ids [B, S] are embedded in the program; give a span (start, end)")
+                raise SpecError(f"core_matching(candidates={asked}): the program embeds no token ids [B, S]; give a span (start, end)")
             ids = next(n for n in source.all_input_nodes if self._is_ids([n]))
             return call(aten.eq.Scalar, (ids, asked))
         masks = [s.args[1] for s in scatters if isinstance(value := value_of(s), torch.Tensor) and self._dims(value, 3)]
         if len(masks) != 1 or not isinstance(masks[0], fx.Node):
-            raise SpecError(f"core_matching: {len(masks)} masked_scatter put image features into the prompt, where one says which tokens are an "
-                            "image's; give candidates=, a token id or a span (start, end)")
+            raise SpecError(f"core_matching: {len(masks)} masked_scatter put image features into the prompt, where one says which tokens are "
+                            "an image's; give candidates=, a token id or a span (start, end)")
         return call(aten.select.int, (masks[0], -1, 0))
 
     def _is_ids(self, nodes: list[fx.Node]) -> bool:

@@ -18,8 +18,8 @@ from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.passes.bundle import lower_neurons
-from sparsecc.passes.core import lower_cores
 from sparsecc.passes.context import Context
+from sparsecc.passes.core import lower_cores
 from sparsecc.passes.pack import tokens_of
 
 aten = torch.ops.aten

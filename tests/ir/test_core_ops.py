@@ -97,7 +97,8 @@ def test_which_tokens_stay(scores: list[int], free: list[int], policy: str, want
 
 def test_prompts_that_nothing_can_be_chosen_for() -> None:
     free, scores = torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.int32)
-    for s, f, message in ((scores, free, "batch of 2"), (scores[:1], ~free[:1], "no image tokens"), (scores[:1, :1], free[:1, :1], "one token")):
+    one = (scores[:1, :1], free[:1, :1], "one token")
+    for s, f, message in ((scores, free, "batch of 2"), (scores[:1], ~free[:1], "no image tokens"), one):
         with pytest.raises(SelectionError, match=message):
             core_tokens(s, f, "knee", "")
     assert span(torch.zeros(1, 5, 3), 1, 4).tolist() == [[False, True, True, True, False]]

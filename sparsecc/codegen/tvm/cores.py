@@ -4,7 +4,8 @@
                               over the bits, which order positive floats as integers; then a count for each neuron, of each task
     2  parallel over neurons  out = the sum of every task's
 
-A row is read some fifteen times, from the first-level cache, up to thirty where values are tied. Of equal values the first ones count. NaN counts as flag[task] > 0.
+A row is read some fifteen times, from the first-level cache, up to thirty where values are tied. Of equal values the first ones count.
+NaN raises flag[task].
 """
 
 from __future__ import annotations
