@@ -35,8 +35,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Cores:
-    """What `core_matching` was given. `sets`: the core neurons i32[K] of the latest prompt by the name of their feed-forward block, before the
-    first one -1; `seen`: candidates that prompts kept so far, of how many."""
+    """What `core_matching` was given. `sets`: the core neurons i32[K] of the latest prompt by the name of their feed-forward block,
+    before the first one -1; `seen`: candidates that prompts kept so far, of how many."""
 
     rho: float
     beta: float

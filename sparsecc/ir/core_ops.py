@@ -6,7 +6,7 @@
     span(x, start, end)                      places of a span                                        [B, S, ...] -> bool[B, S]
 
 A token's core neurons are the largest rho of its positive activations, a sentence's those that most tokens have; a token's score is how
-many of the sentence's core neurons it activates. All of it counts integers: there is nothing to round. Of equal values the lower index wins.
+many of the sentence's core neurons it activates. All of it counts integers: nothing is rounded. Of equal values the lower index wins.
 """
 from __future__ import annotations
 

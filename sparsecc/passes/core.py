@@ -81,7 +81,8 @@ def _match(program: Program, glob: str, rule: Cores) -> None:
         raise SpecError(f"core_matching(layer={rule.layer}): the decoder under {glob!r} has {len(decoder)} blocks, 0 to {len(decoder) - 1}")
     cut = sums[rule.layer]
     if cut is None:
-        raise SpecError(f"core_matching(layer={rule.layer}): {decoder[rule.layer].names[0]} adds nothing to a stream, where tokens would leave")
+        name = decoder[rule.layer].names[0]
+        raise SpecError(f"core_matching(layer={rule.layer}): {name} adds nothing to a stream, where tokens would leave")
     made = [_replace(program, ffn, rule, i == rule.layer) for i, ffn in enumerate(decoder)]
     program.finish()
     infer(program)
@@ -208,8 +209,8 @@ class _Cut:
             return call(aten.eq.Scalar, (ids, asked))
         masks = [s.args[1] for s in scatters if isinstance(value := value_of(s), torch.Tensor) and self._dims(value, 3)]
         if len(masks) != 1 or not isinstance(masks[0], fx.Node):
-            raise SpecError(f"core_matching: {len(masks)} masked_scatter put image features into the prompt, where one says which tokens are "
-                            "an image's; give candidates=, a token id or a span (start, end)")
+            raise SpecError(f"core_matching: {len(masks)} masked_scatter put image features into the prompt, where one says which tokens "
+                            "are an image's; give candidates=, a token id or a span (start, end)")
         return call(aten.select.int, (masks[0], -1, 0))
 
     def _is_ids(self, nodes: list[fx.Node]) -> bool:
