@@ -48,7 +48,7 @@ class Prompt(nn.Module):
         from transformers import DynamicCache
 
         pictures = {} if pixel_values is None else {"pixel_values": pixel_values}
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures)
         return out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
@@ -67,7 +67,7 @@ class Token(nn.Module):
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for key, value in zip(keys, values, strict=True):
             layer = DynamicLayer()
             layer.lazy_initialization(key, value)
@@ -109,8 +109,8 @@ class CoreMatching:
         """The prompt. Raises SelectionError for a batch, a prompt of one token, one without image tokens, and NaN activations."""
         given = _checked(inputs)
         logits, keys, values = self.prompt(**given)
-        rows = ([t.contiguous() for t in part] for part in (keys, values))  # as all later ones lie, which one graph is made for
-        return State(logits, *rows, given["input_ids"].shape[1])
+        keys, values = ([t.contiguous() for t in part] for part in (keys, values))  # as later ones lie, which one graph is made for
+        return State(logits, keys, values, given["input_ids"].shape[1])
 
     def step(self, token: Tensor, state: State) -> State:
         """One more token i64[1, 1] after a state of the latest prompt."""
