@@ -89,7 +89,8 @@ def measure(
     parts = selection(tokens, stay, SHAPE["layers"])
     saved = prompt.get("compiled", prompt["torch"]).median - prompt["core"].median
     cost = sum(parts.values())
-    same: dict[str, Any] = {"model": "llava 1024/5504 x 10", "threads": threads, "remainder": remainder, "tokens": tokens, "image": image, "kept": (stay - tokens + image) / image}
+    same: dict[str, Any] = {"model": "llava 1024/5504 x 10", "threads": threads, "remainder": remainder, "tokens": tokens, "image": image}
+    same["kept"] = (stay - tokens + image) / image
     rows = [
         {"part": "prompt", **same, **_times(prompt), "selection": parts, "selection_of_saved": cost / (saved + cost)},
         {"part": "token", **same, **_times(after), "keys": [k.shape[2] for k in states["core"].keys]},

@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     model = llava(args.hidden, args.ffn, args.layers, heads=16, kv_heads=4, grid=args.grid)
     inputs, rule = vlm_inputs(model, 40), sparsecc.core_matching(rho=0.2, beta=0.4, layer=2)
-    made = {name: CoreMatching(model, one, inputs) for name, one in (("dense", None), ("core", rule))}
+    made = {name: CoreMatching(model, one, inputs, autotune="none", remainder="eager") for name, one in (("dense", None), ("core", rule))}
     states = {name: one.prefill(**inputs) for name, one in made.items()}
     print(made["core"].prompt.explain())
     print(made["core"].token.explain())
