@@ -3,6 +3,7 @@
 import sparsecc.dynamo  # noqa: F401  (registers the torch.compile backend)
 from sparsecc import importers  # noqa: F401  (sparsecc.importers.load)
 from sparsecc.compile import compile
+from sparsecc.cores import Cores, core_matching
 from sparsecc.errors import (
     CaptureError,
     CheckpointError,
@@ -25,8 +26,8 @@ from sparsecc.spec import SparsitySpec, options
 
 __version__ = "0.1.0"
 __all__ = [
-    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Coupled", "FormatError", "Merge", "Neurons", "PatternViolation",
+    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Cores", "Coupled", "FormatError", "Merge", "Neurons", "PatternViolation",
     "PruneReport", "SelectionError", "ShapeError", "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "Tokens",
-    "VerifyError", "block", "channels", "cols", "compile", "flops", "ftp", "heads", "latency", "merge", "mixture_of_depths", "neurons",
-    "nm", "options", "prune", "rows", "slicegpt", "unstructured",
+    "VerifyError", "block", "channels", "cols", "compile", "core_matching", "flops", "ftp", "heads", "latency", "merge",
+    "mixture_of_depths", "neurons", "nm", "options", "prune", "rows", "slicegpt", "unstructured",
 ]

@@ -281,8 +281,8 @@ def _kept(region: Region) -> str:
     """What is kept of a region that skips at run time: as the spec says, and as the calls so far had it."""
     expected, seen = region.more.get("expected_kept"), getattr(region.more.get("seen"), "kept", region.more.get("observed_kept"))
     parts = [] if expected is None else [f"{expected:.1%} kept by the spec"]
-    calls = "in calls of few tokens so far" if region.weights else "so far"
-    return "; ".join(parts if seen is None else [*parts, f"{seen:.1%} kept {calls}"])
+    where = region.more.get("seen_in", "calls of few tokens" if region.weights else "")
+    return "; ".join(parts if seen is None else [*parts, f"{seen:.1%} kept {f'in {where} ' if where else ''}so far"])
 
 
 def _shared_m(regions: Sequence[Region]) -> Any:

@@ -18,7 +18,7 @@ from sparsecc.routing import DepthRouter, TokenRouter, depth_router, token_polic
 ROUTERS = ("static",)
 REQUEST_SCORES = ("griffin", "core")
 """How a prompt ranks neurons: by the norm of their share in each token (GRIFFIN), or by how many tokens count them among their largest
-positive ones (CoreInfer, CoreMatching)."""
+(CoreInfer; CoreMatching's own definition is in `cores.py`)."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, Union
 
+from .cores import Cores
 from .errors import SpecError
 from .formats.codec import Raw
 from .formats.pattern import Pattern, parse_pattern
 from .merging import Merge
-from .skipping import Neurons, Skip, Tokens
+from .skipping import Neurons, Tokens
 
 Mode = Literal["detect", "require", "dense"]
 
@@ -53,7 +54,8 @@ class Rule:
 DETECT = Rule()
 
 RuleLike = Rule | Pattern | str | None
-SpecLike = Union["SparsitySpec", RuleLike, Skip | Merge, Mapping[str, RuleLike | Skip | Merge]]
+AtRunTime = Neurons | Tokens | Merge | Cores
+SpecLike = Union["SparsitySpec", RuleLike, AtRunTime, Mapping[str, RuleLike | AtRunTime]]
 
 
 def options(pattern: RuleLike = None, codec: str | None = None, compute: str | None = None) -> Rule:
@@ -72,7 +74,7 @@ class SparsitySpec:
     """
 
     entries: tuple[tuple[str, Rule], ...] = ()
-    skips: tuple[tuple[str, Skip | Merge], ...] = ()
+    skips: tuple[tuple[str, AtRunTime], ...] = ()
 
     @staticmethod
     def parse(sparsity: SpecLike) -> SparsitySpec:
@@ -82,13 +84,13 @@ class SparsitySpec:
         """
         if isinstance(sparsity, SparsitySpec):
             return sparsity
-        if isinstance(sparsity, Neurons | Tokens | Merge):
+        if isinstance(sparsity, AtRunTime):
             sparsity = {"*": sparsity}
         if not isinstance(sparsity, Mapping):
             rule = _rule(sparsity)
             return SparsitySpec() if rule == DETECT else SparsitySpec((("*", rule),))
-        skips = tuple((str(glob), value) for glob, value in sparsity.items() if isinstance(value, Neurons | Tokens | Merge))
-        return SparsitySpec(tuple(_entry(g, v) for g, v in sparsity.items() if not isinstance(v, Neurons | Tokens | Merge)), skips)
+        skips = tuple((str(glob), value) for glob, value in sparsity.items() if isinstance(value, AtRunTime))
+        return SparsitySpec(tuple(_entry(g, v) for g, v in sparsity.items() if not isinstance(v, AtRunTime)), skips)
 
     def rule_for(self, module_name: str) -> Rule:
         """The rule of the last entry whose glob matches."""

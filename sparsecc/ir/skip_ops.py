@@ -130,17 +130,23 @@ CORE_SHARE = 0.2
 
 
 def request_scores(a: Tensor, score: str) -> Tensor:
-    """f32[F] of the activations [M, F] of a prompt, inputs of down.
+    """[F] of the activations [M, F] of a prompt, inputs of down. Raises SelectionError for NaN activations.
 
-    "griffin": the norm over tokens of |a_n| / |a| (Dong et al. 2024). "core": how many tokens have the neuron among the largest
-    CORE_SHARE of their positive activations (CoreInfer, Wang et al. 2024).
+    "griffin": the norm over tokens of |a_n| / |a| (Dong et al. 2024), f32. "core(rho)": how many tokens have the neuron among the largest
+    rho of their own positive activations, rounded up (CoreMatching, Wang et al. 2025), i32. "core": the same with one number for
+    all tokens, CORE_SHARE of their mean number of positive ones, rounded down (CoreInfer, Wang et al. 2024).
     """
-    a = a.reshape(-1, a.shape[-1]).float()
+    a = a.reshape(-1, a.shape[-1])
+    if bool(a.isnan().any()):
+        raise SelectionError("the prompt gives NaN activations, by which no neurons can be chosen")
     if score == "griffin":
+        a = a.float()
         return (a / a.norm(dim=-1, keepdim=True).clamp_min(1e-30)).norm(dim=0)
-    limits = (CORE_SHARE * (a > 0).sum(-1, keepdim=True)).long()
+    positive = (a > 0).sum(-1, keepdim=True)
+    num, den = ratio_of(float(score[5:-1]) if score != "core" else CORE_SHARE)
+    limits = positive.sum() * num // (den * a.shape[0]) if score == "core" else (positive * num + den - 1) // den
     ranks = torch.sort(a, dim=-1, descending=True, stable=True).indices.argsort(-1)
-    return ((ranks < limits) & (a > 0)).sum(0).float()
+    return (ranks < limits).sum(0, dtype=torch.int32)
 
 
 def request_neurons(
@@ -165,10 +171,7 @@ def request_neurons(
     a = ACTIVATIONS[activation].fn(F.linear(x, gate, biases[0]))
     if up is not None:
         a = a * F.linear(x, up, biases[1])
-    scores = request_scores(a, score)
-    if bool(scores.isnan().any()):
-        raise SelectionError("the prompt gives NaN activations, by which no neurons can be chosen")
-    kept.copy_(select(scores, f"topk({kept.numel()})")[0])
+    kept.copy_(select(request_scores(a, score), f"topk({kept.numel()})")[0])
     return F.linear(a, down, biases[-1])
 
 

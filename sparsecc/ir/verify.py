@@ -35,6 +35,7 @@ STAGES: dict[str, Stage] = {
     "canonicalize": _GRAPH,
     "select": _GRAPH,
     "skip": _GRAPH,
+    "core": _GRAPH,
     "propagate": _GRAPH,
     "convolve": _GRAPH,
     "fuse": _GRAPH,

@@ -17,5 +17,5 @@ def griffin(keep: float | int = 0.5) -> Neurons:
 
 
 def core_infer(keep: float | int = 0.4) -> Neurons:
-    """The sentence's core neurons; beta = `keep`, rho = 0.2."""
+    """The sentence's core neurons; beta = `keep`, rho = 0.2, one number for all tokens."""
     return _neurons(top=keep, per_request="core")

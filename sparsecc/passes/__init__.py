@@ -4,6 +4,7 @@ from __future__ import annotations
 from sparsecc.passes.bundle import Bundle
 from sparsecc.passes.canonicalize import Canonicalize
 from sparsecc.passes.convolve import Convolve
+from sparsecc.passes.core import Core
 from sparsecc.passes.fuse import Fuse
 from sparsecc.passes.layout import Layout
 from sparsecc.passes.lower import Lower
@@ -19,6 +20,7 @@ PIPELINE: tuple[Pass, ...] = (
     Reorder(),       # rows and columns, where their zeros then come in blocks or groups
     Select(),        # which zeros each weight has, or must have
     Skip(),          # neurons and tokens that are skipped at run time
+    Core(),          # those that a prompt chooses for all that follows
     Propagate(),     # what they make useless elsewhere leaves
     Convolve(),      # pictures with sparse convolutions into sequences of pixels
     Fuse(),          # neighbours into the op

@@ -29,7 +29,7 @@ def attention_site(node: fx.Node) -> Site | None:
     mask, causal = given.get("attn_mask"), bool(given.get("is_causal"))
     inside: set[fx.Node] = set()
     views: set[fx.Node] = set()
-    k, v = (_unrepeated(x, shape_of(q)[1], inside, node) for x in (k, v))
+    k, v = (unrepeated(x, shape_of(q)[1], inside, node) for x in (k, v))
     reads = (q, k, v)
     down = _join(node)
     if not down or not _heads_fit(*reads):
@@ -62,7 +62,7 @@ def is_causal(node: fx.Node) -> bool:
 
 def key_heads(node: fx.Node) -> Any:
     """G of torch's attention, before its heads were repeated."""
-    return shape_of(_unrepeated(node.args[1], shape_of(node.args[0])[1], set(), node))[1]
+    return shape_of(unrepeated(node.args[1], shape_of(node.args[0])[1], set(), node))[1]
 
 
 def _heads_fit(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
@@ -70,7 +70,7 @@ def _heads_fit(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
     return [str(size) for size in shape_of(v)[1:]] == [str(G), str(Sk), str(D)] and isinstance(G, int) and isinstance(H, int) and H % G == 0
 
 
-def _unrepeated(value: Any, H: Any, inside: set[fx.Node], user: fx.Node) -> Any:
+def unrepeated(value: Any, H: Any, inside: set[fx.Node], user: fx.Node) -> Any:
     """reshape(expand(unsqueeze(x, 2), [B, G, H / G, S, D]), [B, H, S, D]) --> x"""
     chain: list[Any] = [value]
     for target in (RESHAPES, (aten.expand.default,), (aten.unsqueeze.default,)):

@@ -74,7 +74,7 @@ def _block(program: Program, ffn: Ffn, order: dict[fx.Node, int]) -> Block | str
         return f"{leaks[0]} is used outside of it (by a KV cache? tokens are skipped in calls with use_cache=False)"
     if x in {a for a in _outer(inside) if a is not x}:
         return "its input is read in an unknown way"
-    outer = _entering(_outer(inside) - {x}, str(size))
+    outer = entering(_outer(inside) - {x}, str(size))
     if isinstance(outer, str):
         return outer
     linears = [LinearView(node) for node in inside if node.target is LINEAR]
@@ -91,7 +91,7 @@ def _ends(ffn: Ffn) -> tuple[fx.Node, fx.Node] | None:
     h = _unshaped(next(a for a in total.args if a is not ffn.down.node))
     if not isinstance(h, fx.Node):
         return None
-    total = _joined(total)
+    total = joined(total)
     after = ffn.x is h  # norms stand behind the sums
     add = _last_sum(h) if after else h
     if add is None or add.target not in SUMS or len(add.args) != 2:
@@ -125,7 +125,7 @@ def _unshaped(node: Any) -> Any:
     return node.args[0] if isinstance(node, fx.Node) and node.target in RESHAPES else node
 
 
-def _joined(total: fx.Node) -> fx.Node:
+def joined(total: fx.Node) -> fx.Node:
     """The sum as [batch, tokens, D]: OPT works on [batch * tokens, D] and shapes it back."""
     user = next(iter(total.users), None)
     flat = isinstance(value := value_of(total), torch.Tensor) and value.ndim == 2
@@ -175,7 +175,7 @@ def _outer(inside: tuple[fx.Node, ...]) -> set[fx.Node]:
     return {source for node in inside for source in node.all_input_nodes if source not in own}
 
 
-def _entering(outer: set[fx.Node], size: str) -> tuple[dict[fx.Node, tuple[int, ...]], tuple[fx.Node, ...]] | str:
+def entering(outer: set[fx.Node], size: str) -> tuple[dict[fx.Node, tuple[int, ...]], tuple[fx.Node, ...]] | str:
     """Values with the sequence in a dimension, and nodes that are its length; or why the block cannot be cut."""
     tokens, sizes = {}, []
     for node in sorted(outer, key=lambda n: n.name):

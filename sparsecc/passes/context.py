@@ -98,6 +98,10 @@ class NeuronTuner(Protocol):
         """The key that stands in the program, and the code behind it. `request`: of the neurons that a prompt chose."""
         ...
 
+    def counts(self) -> tuple[str, Any]:
+        """Key and code of what counts core neurons: fn(a [..., F], score) -> i32[F], or None for a score it doesn't know."""
+        ...
+
 
 class Tuner(Protocol):
     """The target, as far as passes need it. `between`: its kernels for what stands between linears, None if it has none and takes values

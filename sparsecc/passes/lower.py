@@ -19,6 +19,7 @@ from sparsecc.ir.program import LinearView, Program, Rule
 from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.passes.bundle import lower_neurons
 from sparsecc.passes.context import Context
+from sparsecc.passes.core import lower_cores
 from sparsecc.passes.pack import tokens_of
 
 aten = torch.ops.aten
@@ -65,6 +66,7 @@ class Lower:
             if node.target in BETWEEN:
                 _name_kernel(node, None if tuner is None else tuner.between)
         lower_neurons(program, context)
+        lower_cores(program, context)
         program.rewrite(self.rules)
 
 

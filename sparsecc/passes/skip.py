@@ -68,7 +68,7 @@ class Skip:
         merges = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Merge)]
         if merges and tokens:
             raise SpecError(f"{merges[0][0]!r} merges tokens and {tokens[0][0]!r} skips them: a model does one or the other")
-        merge_blocks(program, merges, ffns, _nothing)
+        merge_blocks(program, merges, ffns, nothing)
         like = value_of(blocks[0].x) if blocks else None
         cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, like, Routes(program, blocks))
         for one in chosen:
@@ -94,7 +94,7 @@ def _ffns(program: Program, rules: list[tuple[str, Neurons]], ffns: list[Ffn], m
     """The rule of each block: that of the last glob that names it. Raises SpecError for a glob that names none."""
     for glob, _ in rules:
         if not any(matches(glob, ffn.names) for ffn in ffns):
-            _nothing(program, glob, "feed-forward block", [ffn.names[0] for ffn in ffns], missed)
+            nothing(program, glob, "feed-forward block", [ffn.names[0] for ffn in ffns], missed)
     found = [(ffn, next((rule for glob, rule in reversed(rules) if matches(glob, ffn.names)), None)) for ffn in ffns]
     return [(ffn, rule) for ffn, rule in found if rule is not None]
 
@@ -108,13 +108,14 @@ def _blocks(
     for glob, rule in rules:
         under = [i for i, block in enumerate(blocks) if matches(glob, block.names)]
         if not under:
-            _nothing(program, glob, "block", [block.names[0] for block in blocks], missed)
+            nothing(program, glob, "block", [block.names[0] for block in blocks], missed)
         for at, i in enumerate(under):
             taken[i] = rule, rule.skipped(at, len(under)), at
     return [(blocks[i], *one) for i, one in sorted(taken.items()) if one[1] != 0]
 
 
-def _nothing(program: Program, glob: str, what: str, names: list[str], missed: list[str]) -> None:
+def nothing(program: Program, glob: str, what: str, names: list[str], missed: list[str]) -> None:
+    """Raises SpecError for a glob that names nothing; warns where the program is a part of a model that isn't known as a whole."""
     reasons = "".join(f"\n  {line}" for line in missed[:4])
     known = f"; recognised are {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" if names else "; none was recognised"
     message = f"{glob!r} names no {what} of this model{known}{reasons}"

@@ -129,7 +129,7 @@ class CompiledModule(nn.Module):
 
         # The model's own attributes are read now, as by export; to fetch and compare hundreds of them in each call would take longer than
         # some layers.
-        unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         compiled = torch.compile(model, backend=backend, dynamic=True, options=unguarded)
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from sparsecc.codegen.kernel import FEW
 from sparsecc.codegen.tvm.backend import TvmBackend, source_hash
 from sparsecc.ir.ops import ACTIVATIONS
 from sparsecc.passes.context import NeuronChoice
+from sparsecc.runtime.cores import CoreCounts
 from sparsecc.runtime.neurons import NeuronKernel, RequestKernel, Seen, bundle, sketch
 from sparsecc.runtime.remainder import undisturbed
 
@@ -50,6 +51,10 @@ class CpuNeurons:
         made = RequestKernel(self.backend, activation) if request else NeuronKernel(self.backend, activation, policy, limit)
         made.seen = seen if isinstance(seen, Seen) else made.seen
         return f"cpu:{self.backend.isa.name} {name} {activation} {policy} {id(made.seen):x}", made
+
+    def counts(self) -> tuple[str, Any]:
+        """Of core neurons: one for all blocks."""
+        return f"cpu:{self.backend.isa.name} core counts", CoreCounts(self.backend)
 
     def choose(self, name: str, gate: Tensor, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
         """The kernel's time grows with the active neurons in a straight line: none and all of them are timed, and the dense code."""
