@@ -106,16 +106,48 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "auto":
             raise CaptureError(f"dynamic_shapes={dynamic_shapes!r}: use 'auto', None, or what torch.export takes")
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        bound = _explicit(model, kwargs).bind(*args, **kwargs).arguments
         pictures = any(isinstance(module, nn.Conv2d) for module in model.modules())
         attempts = [pytree.tree_map(lambda leaf: _auto(leaf, pictures), dict(bound)), None]
     failure: Exception | None = None
-    for shapes in attempts:
-        try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # export raises whatever the model's code raises
-            failure = failure or error
+    with _named_keywords(model, kwargs):
+        for shapes in attempts:
+            try:
+                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            except Exception as error:  # export raises whatever the model's code raises
+                failure = failure or error
     raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {_reason(failure)}") from failure
+
+
+def _explicit(model: nn.Module, kwargs: Mapping[str, Any]) -> inspect.Signature:
+    """That of forward, with names for those of `kwargs` that it takes as **kwargs."""
+    found = inspect.signature(model.forward)
+    known = [p for p in found.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(known) == len(found.parameters):
+        return found
+    extra = [name for name in kwargs if name not in found.parameters]
+    return found.replace(parameters=[*known, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)])
+
+
+@contextmanager
+def _named_keywords(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """While exporting, forward names all of its arguments: torch.export cannot match dynamic shapes with what stands in **kwargs."""
+    signature, had, forward = _explicit(model, kwargs), model.__dict__.get("forward"), model.forward
+    if signature == inspect.signature(forward):
+        yield
+        return
+
+    def explicit(*args: Any, **named: Any) -> Any:
+        return forward(*args, **named)
+
+    explicit.__signature__ = signature  # type: ignore[attr-defined]
+    model.__dict__["forward"] = explicit
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if had is not None:
+            model.__dict__["forward"] = had
 
 
 def _auto(leaf: Any, pictures: bool) -> Any:

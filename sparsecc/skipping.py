@@ -89,9 +89,6 @@ class Tokens:
         return self.schedule[block]
 
 
-Skip = Neurons | Tokens
-
-
 def neurons(
     top: float | int | None = None, *, threshold: float | None = None, stat: float | None = None, at_least: float | None = None,
     policy: str | None = None, levels: dict[str, Tensor] | None = None, per_request: str = "",

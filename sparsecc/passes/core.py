@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
 from sparsecc.cores import Cores
 from sparsecc.errors import SpecError
 from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, SHRINK, SPAN
-from sparsecc.ir.infer import infer, new_size, value_of
+from sparsecc.ir.infer import infer, value_of
 from sparsecc.ir.ops import KERNELS
-from sparsecc.ir.program import TYPE_KEY, Program, Region, Rule
+from sparsecc.ir.program import Program, Region, Rule
 from sparsecc.ir.skip_ops import GATHER, REQUEST
 from sparsecc.passes.blocks import SUMS, entering, joined
 from sparsecc.passes.context import Context
 from sparsecc.passes.ffn import Ffn, find_ffns
 from sparsecc.passes.grouped import group_queries
 from sparsecc.passes.pack import tokens_of
+from sparsecc.passes.shorter import Shorter, is_table, renumbered
 from sparsecc.passes.skip import nothing
 from sparsecc.skipping import matches
 
@@ -151,8 +150,6 @@ class _Cut:
     rule: Cores
     stream: fx.Node
     size: Any
-    made: dict[Any, Any] = field(default_factory=dict)
-    sizes: dict[Any, Any] = field(default_factory=dict)
 
     def run(self, name: str, block: fx.Node, scatters: list[fx.Node]) -> None:
         """Everything behind the stream works on the kept tokens: values that enter it from elsewhere are cut by the same indices."""
@@ -168,21 +165,16 @@ class _Cut:
             scores = graph.call_function(operator.getitem, (block, 1))
             both = graph.call_function(CORE_TOKENS, (scores, image, self.rule.tokens, ""))
             idx = graph.call_function(SHRINK, tuple(graph.call_function(operator.getitem, (both, i)) for i in range(2)))
-            self._example(idx)
+            shorter, length = Shorter(value_of(self.stream)), value_of(self.stream).shape[1]  # type: ignore[union-attr]
+            idx.meta["val"] = shorter.indices("core", int(length.node.hint or 128) // 2)
             count = graph.call_function(aten.sym_size.int, (idx, 1))
-            places = self._renumbered(count) if self.rule.positions == "compact" else idx
+            places = renumbered(graph, count) if self.rule.positions == "compact" else idx
             rows = graph.call_function(GATHER, (self.stream, idx, [1]))
         swapped = {self.stream: rows, **dict.fromkeys(sizes, count)}
         for node, dims in tokens.items():
-            table = len(dims) == 1 and isinstance(value := value_of(node), torch.Tensor) and value.dtype.is_floating_point
             with graph.inserting_before(next(inner for inner in sorted(tail, key=order.__getitem__) if node in inner.all_input_nodes)):
-                swapped[node] = graph.call_function(GATHER, (node, places if table else idx, list(dims)))
-        for node in tail:
-            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: swapped.get(n, n))  # type: ignore[assignment]
-            node.meta.pop(TYPE_KEY, None)
-            for key in ("val", "example_value"):
-                if key in node.meta:
-                    node.meta[key] = tree_map(self._shorter, node.meta[key])
+                swapped[node] = graph.call_function(GATHER, (node, places if is_table(node, dims) else idx, list(dims)))
+        shorter.move(tail, swapped, idx)
         more = {"seen": self.rule.seen, "seen_in": "prompts", "m": tokens_of(self.stream)}
         self.program.regions[both.name] = Region(
             name, (), str(self.rule), f"core tokens: {self.rule.tokens} of the image's scores; others leave behind this block", more=more)
@@ -220,41 +212,6 @@ class _Cut:
     def _dims(self, value: torch.Tensor, ndim: int) -> bool:
         """Whether a value has so many dimensions, the second one being the sequence."""
         return value.ndim == ndim and isinstance(s := value.shape[1], torch.SymInt) and s.node.expr == self.size
-
-    def _renumbered(self, count: fx.Node) -> fx.Node:
-        """0, 1, 2, ... as indices [1, n]."""
-        call = self.program.graph.call_function
-        return call(aten.unsqueeze.default, (call(aten.arange.default, (count,)), 0))
-
-    def _example(self, idx: fx.Node) -> None:
-        """Indices whose number is a size of its own."""
-        like: Any = value_of(self.stream)
-        hint = max(2, int(like.shape[1].node.hint or 128) // 2)
-        with like.fake_mode:
-            idx.meta["val"] = torch.empty((like.shape[0], new_size(like.fake_mode, "core", hint)), dtype=torch.int32)
-        self.kept = idx.meta["val"].shape[1]
-
-    def _shorter(self, value: Any) -> Any:
-        """What stands for a value of the tail, a fake tensor or a size, with fewer tokens. Equal ones are made once."""
-        if isinstance(value, torch.SymInt):
-            return self._size(value)
-        if not isinstance(value, torch.Tensor):
-            return value
-        key = (value.dtype, str(tuple(value.shape)), str(value.stride()))
-        if key not in self.made:
-            for s in (*value.shape, *value.stride()):
-                if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol:
-                    self.sizes[s.node.expr] = s
-            shape, strides = [self._size(s) for s in value.shape], [self._size(s) for s in value.stride()]
-            with value_of(self.stream).fake_mode:
-                self.made[key] = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-        return self.made[key]
-
-    def _size(self, s: Any) -> Any:
-        if isinstance(s, int) or self.size not in s.node.expr.free_symbols:
-            return s
-        names = sorted(s.node.expr.free_symbols, key=str)
-        return sympy.lambdify(names, s.node.expr)(*(self.kept if name == self.size else self.sizes[name] for name in names))
 
 
 def lower_cores(program: Program, context: Any) -> None:

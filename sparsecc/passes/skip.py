@@ -11,18 +11,15 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
 from sparsecc.errors import SpecError
-from sparsecc.ir.infer import infer, new_size, value_of
+from sparsecc.ir.infer import infer, value_of
 from sparsecc.ir.policy import Policy
-from sparsecc.ir.program import TYPE_KEY, Program, Region, Rule
+from sparsecc.ir.program import Program, Region, Rule
 from sparsecc.ir.route_ops import GATHER_KEPT, KEEP, SCATTER_KEPT
 from sparsecc.ir.skip_ops import GATHER, NEURONS, RECENCY, REQUEST, SCATTER, SELECT
 from sparsecc.merging import Merge
@@ -33,6 +30,7 @@ from sparsecc.passes.ffn import Ffn, find_ffns
 from sparsecc.passes.merge import merge_blocks
 from sparsecc.passes.pack import tokens_of
 from sparsecc.passes.route import Routes, counter, padding
+from sparsecc.passes.shorter import Shorter, is_table, renumbered
 from sparsecc.skipping import Neurons, Tokens, level_of, matches
 from sparsecc.spec import SparsitySpec
 
@@ -70,7 +68,7 @@ class Skip:
             raise SpecError(f"{merges[0][0]!r} merges tokens and {tokens[0][0]!r} skips them: a model does one or the other")
         merge_blocks(program, merges, ffns, nothing)
         like = value_of(blocks[0].x) if blocks else None
-        cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, like, Routes(program, blocks))
+        cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, Shorter(like), Routes(program, blocks))
         for one in chosen:
             cutter.cut(*one)
         infer(program)
@@ -154,14 +152,12 @@ class Cutter:
 
     program: Program
     tokens: int
-    like: Any
+    shorter: Shorter
     routes: Routes
     indices: dict[Any, tuple[fx.Node, fx.Node, fx.Node | None]] = field(default_factory=dict)
     gathered: dict[Any, fx.Node] = field(default_factory=dict)
     scattered: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=dict)
     moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    made: dict[Any, Any] = field(default_factory=dict)
-    _sizes: dict[Any, Any] = field(default_factory=dict)
 
     def cut(self, block: Block, rule: Tokens, fraction: float | None, at: int) -> None:
         """Gather before the block, scatter behind it. Blocks come in program order, each with its place under the rule's glob."""
@@ -183,14 +179,8 @@ class Cutter:
             tables = self._renumbered(size) if rule.positions == "compact" else idx
         for node, dims in block.tokens.items():
             with graph.inserting_before(next(inner for inner in block.inside if node in inner.all_input_nodes)):
-                swapped[node] = self._take(node, tables if _is_table(node, dims) else idx, dims, gather)
-        shorter = partial(self._shorter, kept=value_of(idx).shape[1])
-        for node in block.inside:
-            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: swapped.get(n, n))  # type: ignore[assignment]
-            node.meta.pop(TYPE_KEY, None)
-            for key in ("val", "example_value"):
-                if key in node.meta:
-                    node.meta[key] = tree_map(shorter, node.meta[key])
+                swapped[node] = self._take(node, tables if is_table(node, dims) else idx, dims, gather)
+        self.shorter.move(block.inside, swapped, idx)
         y = block.y if p is None or rule.scale == "none" else self.routes.scale(block, rule, p, idx, swapped[source])
         if count is not None:
             self.routes.hide(block, idx)
@@ -211,8 +201,7 @@ class Cutter:
     def _renumbered(self, count: fx.Node) -> fx.Node:
         """0, 1, 2, ... as indices [1, K]."""
         if count not in self.gathered:
-            call = self.program.graph.call_function
-            self.gathered[count] = call(aten.unsqueeze.default, (call(aten.arange.default, (count,)), 0))
+            self.gathered[count] = renumbered(self.program.graph, count)
         return self.gathered[count]
 
     def _take(self, node: fx.Node, idx: fx.Node, dims: tuple[int, ...], gather: Any) -> fx.Node:
@@ -242,48 +231,13 @@ class Cutter:
         chosen = call(KEEP, (scores, str(policy), key))
         idx, count = (call(operator.getitem, (chosen, i)) for i in range(2))
         idx.meta["val"] = self._example(policy)
-        with self.like.fake_mode:
-            count.meta["val"] = torch.empty(self.like.shape[:1], dtype=torch.int32)
+        like = self.shorter.like
+        with like.fake_mode:
+            count.meta["val"] = torch.empty(like.shape[:1], dtype=torch.int32)
         chosen.meta["val"] = (idx.meta["val"], count.meta["val"])
         self.indices[scores, key] = idx, (size := call(aten.sym_size.int, (idx, 1))), count
         return idx, size, count, seen
 
-    def _shorter(self, value: Any, kept: Any) -> Any:
-        """What stands for a value of the block, a fake tensor or a size, with fewer tokens. Equal ones are made once: a block has a
-        hundred values of a dozen shapes, and each takes milliseconds to make."""
-        full = self.like.shape[1].node.expr
-
-        def size(s: Any) -> Any:
-            if isinstance(s, int) or full not in s.node.expr.free_symbols:
-                return s
-            names = sorted(s.node.expr.free_symbols, key=str)
-            return sympy.lambdify(names, s.node.expr)(*(kept if name == full else self._sizes[name] for name in names))
-
-        if isinstance(value, torch.SymInt):
-            return size(value)
-        if not isinstance(value, torch.Tensor):
-            return value
-        key = (str(kept), value.dtype, str(tuple(value.shape)), str(value.stride()))
-        if key not in self.made:
-            for s in (*value.shape, *value.stride()):
-                if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol:
-                    self._sizes[s.node.expr] = s
-            shape, strides = [size(s) for s in value.shape], [size(s) for s in value.stride()]
-            with self.like.fake_mode:
-                self.made[key] = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-        return self.made[key]
-
     def _example(self, policy: Policy) -> Any:
-        """Indices whose number is a size of its own: inference over the blocks would be slow with one that is computed from the length."""
-        size = self.like.shape[1]
-        tokens = int(size.node.hint or 128)
-        mode = self.like.fake_mode
-        with mode:
-            hint = max(2, policy.size(tokens) or tokens // 2)
-            return torch.empty((self.like.shape[0], new_size(mode, f"kept_{len(self.indices)}", hint)), dtype=torch.int32)
-
-
-def _is_table(node: fx.Node, dims: tuple[int, ...]) -> bool:
-    """Whether a value holds something for each position, such as a rotary table."""
-    value = value_of(node)
-    return len(dims) == 1 and isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+        tokens = int(self.shorter.like.shape[1].node.hint or 128)
+        return self.shorter.indices(f"kept_{len(self.indices)}", policy.size(tokens) or tokens // 2)

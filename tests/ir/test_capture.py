@@ -140,6 +140,21 @@ def test_the_ecosystems_sparse_weights_become_plain() -> None:
     assert model[2].weight.layout == torch.sparse_csr
 
 
+class Keywords(nn.Module):
+    def forward(self, x: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        return x * others["scale"] + others["shift"]
+
+
+def test_what_stands_in_keywords_may_vary_too() -> None:
+    model, make = Keywords().eval(), lambda n: {"scale": torch.randn(n, 4), "shift": torch.randn(4)}
+    captured = capture(model, (torch.randn(3, 4),), make(3))
+    assert "forward" not in vars(model)
+    x, kwargs = torch.randn(7, 4), make(7)
+    flat = captured.flatten((x,), kwargs)
+    captured.check(flat)
+    torch.testing.assert_close(captured.program.run(*flat)[0], model(x, **kwargs))
+
+
 class Branching(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x - 1
