@@ -188,7 +188,7 @@ def test_no_tokens_and_no_keys() -> None:
     assert not kernel(q, none, none, None, None, 1.0).any()
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx2", pytest.param("portable", marks=pytest.mark.slow)])
 def test_narrower_vectors(isa: str) -> None:
     try:
         backend = TvmBackend.of(isa)

@@ -35,7 +35,7 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["", "avx2", "portable"])
+@pytest.fixture(params=["", "avx2", pytest.param("portable", marks=pytest.mark.slow)])
 def backend(request: pytest.FixtureRequest) -> TvmBackend:
     try:
         return TvmBackend.of(request.param)

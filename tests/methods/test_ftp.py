@@ -52,6 +52,7 @@ def test_the_constraint_is_one_sided() -> None:
         assert (loss.item() > 0) == punished and bool((y.grad != 0).any()) == punished
 
 
+@pytest.mark.slow
 def test_a_trained_router_follows_its_schedule() -> None:
     model = llama_stack(32, 64, 3, heads=4, kv_heads=2, vocab=64)
     data = [{"input_ids": torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(i)), "use_cache": False} for i in range(2)]
