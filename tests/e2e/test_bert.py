@@ -76,7 +76,7 @@ def test_names_and_globs_are_the_models() -> None:
         assert error(through_dynamo(**inputs)[0], model(**inputs)[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [PATTERNS[0], pytest.param(PATTERNS[1], marks=pytest.mark.slow)])
 def test_minilm_on_real_sentences(pattern: str) -> None:
     model = minilm()
     sparsecc.prune(model, pattern)

@@ -78,7 +78,7 @@ def padded(batch: int, tokens: int, side: str) -> torch.Tensor:
     return (at < torch.linspace(tokens, 1, batch).long()[:, None]).long()
 
 
-@pytest.mark.parametrize("pattern", ["block(4, 1, 0.9)", "unstructured(0.9)"])
+@pytest.mark.parametrize("pattern", ["block(4, 1, 0.9)", pytest.param("unstructured(0.9)", marks=pytest.mark.slow)])
 def test_prefill_is_one_chain(pattern: str) -> None:
     """Grouped heads of 24 features, which fill no vector; every mask, and shapes that come again."""
     model = llama_stack(96, 160, 2, heads=4, kv_heads=2, vocab=128, head_dim=24)
