@@ -5,7 +5,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,6 @@ class _Resumed:
     @property
     def ensures(self) -> tuple[str, ...]:
         return self.one.ensures
-
-    @property
-    def rules(self) -> Mapping[Any, Any]:
-        return self.one.rules
 
     def run(self, program: Any, context: Any) -> None:
         self.one.run(program, context)

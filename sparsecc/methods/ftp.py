@@ -75,10 +75,6 @@ class Known:
     requires: tuple[str, ...] = ()
     ensures: tuple[str, ...] = ("linears",)
 
-    @property
-    def rules(self) -> dict[Any, Any]:
-        return {}
-
     def run(self, program: Any, context: Any = None) -> None:
         """Nothing."""
 

@@ -4,14 +4,13 @@
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from sparsecc.ir.ops import KERNELS
-from sparsecc.ir.program import Program, Rule
+from sparsecc.ir.program import Program
 from sparsecc.ir.skip_ops import NEURONS, REQUEST
 from sparsecc.passes.context import Context, NeuronTuner
 from sparsecc.passes.pack import tokens_of
@@ -24,10 +23,6 @@ class Bundle:
     name: str = "bundle"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ()
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         tuner: Any = context.tuner if isinstance(context, Context) else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +37,6 @@ class Canonicalize:
     name: str = "canonicalize"
     requires: tuple[str, ...] = ()
     ensures: tuple[str, ...] = ("linears",)
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return RULES
 
     def run(self, program: Program, context: Any = None) -> None:
         _modules(program)

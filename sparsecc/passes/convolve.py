@@ -24,7 +24,7 @@ from sparsecc.formats import ANY, Pattern
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.image_ops import DEPTHWISE, PATCHES, POOL
 from sparsecc.ir.infer import value_of
-from sparsecc.ir.program import Program, Rule
+from sparsecc.ir.program import Program
 from sparsecc.ir.types import TensorType
 from sparsecc.passes.context import Context
 from sparsecc.passes.convolution import ConvView, conv_region, convolutions
@@ -46,10 +46,6 @@ class Convolve:
     name: str = "convolve"
     requires: tuple[str, ...] = ("linears", "patterns")
     ensures: tuple[str, ...] = ()
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         if isinstance(context, Context) and context.tuner is not None and context.tuner.between is None:

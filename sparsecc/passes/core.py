@@ -9,7 +9,7 @@ One token after it:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from sparsecc.errors import SpecError
 from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, SHRINK, SPAN
 from sparsecc.ir.infer import infer, value_of
 from sparsecc.ir.ops import KERNELS
-from sparsecc.ir.program import Program, Region, Rule
+from sparsecc.ir.program import Program, Region
 from sparsecc.ir.skip_ops import GATHER, REQUEST
 from sparsecc.passes.blocks import SUMS, entering, joined
 from sparsecc.passes.context import Context
@@ -45,10 +45,6 @@ class Core:
     name: str = "core"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ()
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         rules = [] if not isinstance(context, Context) else [(g, rule) for g, rule in context.spec.skips if isinstance(rule, Cores)]

@@ -12,7 +12,7 @@ transposed for others stays as it was. How these are found in ATen stands in `be
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import fx
 
 from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.infer import value_of
-from sparsecc.ir.program import LinearView, Program, Rule
+from sparsecc.ir.program import LinearView, Program
 from sparsecc.ir.route_ops import RECEIVED
 from sparsecc.passes.attention import SDPA, is_causal, key_heads, mask_of
 from sparsecc.passes.between import sites
@@ -37,10 +37,6 @@ class Layout:
     name: str = "layout"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ()
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         if isinstance(context, Context) and context.tuner is not None and context.tuner.between is None:

@@ -5,7 +5,7 @@
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import fx
 from sparsecc.ir.image_ops import DEPTHWISE, PATCHES, POOL
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
-from sparsecc.ir.program import LinearView, Program, Rule
+from sparsecc.ir.program import LinearView, Program
 from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.passes.bundle import lower_neurons
 from sparsecc.passes.context import Context
@@ -45,10 +45,6 @@ class Lower:
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ("kernels",)
 
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {LINEAR: _to_aten}
-
     def run(self, program: Program, context: Any = None) -> None:
         tuner = context.tuner if isinstance(context, Context) else None
         for view in program.linears():
@@ -67,7 +63,7 @@ class Lower:
                 _name_kernel(node, None if tuner is None else tuner.between)
         lower_neurons(program, context)
         lower_cores(program, context)
-        program.rewrite(self.rules)
+        program.rewrite({LINEAR: _to_aten})
 
 
 BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sparsecc.errors import SpecError, VerifyError
 from sparsecc.ir.infer import infer
-from sparsecc.ir.program import Program, Rule
+from sparsecc.ir.program import Program
 from sparsecc.ir.text import print_program
 from sparsecc.ir.verify import verify
 
@@ -31,11 +31,6 @@ class Pass(Protocol):
     @property
     def ensures(self) -> tuple[str, ...]:
         """Facts that hold after."""
-        ...
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        """Its rewrites by target, empty if the pass is no rule table."""
         ...
 
     def run(self, program: Program, context: Any) -> None:

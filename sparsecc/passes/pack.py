@@ -9,7 +9,6 @@ convolution on a sequence of pixels is packed in any case, dense if that is fast
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from sparsecc.formats.level import NM as NMLevel
 from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import LINEAR
-from sparsecc.ir.program import LinearView, Program, Region, Rule
+from sparsecc.ir.program import LinearView, Program, Region
 from sparsecc.passes.context import Choice, Context, Picture, Problem
 from sparsecc.passes.fuse import ACTIVATION_TARGETS, ADDS
 
@@ -51,10 +50,6 @@ class Pack:
     name: str = "pack"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ("packed",)
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         if not isinstance(context, Context) or context.tuner is None:

@@ -13,7 +13,7 @@ Exact: zeros in weights count as exactly 0 (see ir/ops.py). Rows and columns go 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from sparsecc.formats import ANY, Pattern
 from sparsecc.ir.effects import is_impure, mutates
 from sparsecc.ir.infer import value_of
-from sparsecc.ir.program import LinearView, Program, Rule
+from sparsecc.ir.program import LinearView, Program
 from sparsecc.ir.types import Dim
 from sparsecc.passes.context import Context
 from sparsecc.passes.convolution import ConvView
@@ -46,10 +46,6 @@ class Propagate:
     name: str = "propagate"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ()
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         if not promising(program):

@@ -11,7 +11,7 @@ weight that is neither sparse nor regular under any order is given up after a lo
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from sparsecc.formats import ANY, NM, Block, Pattern, measure
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.formats.ordering import block_order, nm_order, nm_possible, siblings
 from sparsecc.ir.ops import LINEAR
-from sparsecc.ir.program import Program, Region, Rule
+from sparsecc.ir.program import Program, Region
 from sparsecc.passes.context import Context, Problem
 from sparsecc.passes.convolution import CONVOLUTION, conv_region, convolutions
 from sparsecc.passes.dims import Stop
@@ -55,10 +55,6 @@ class Reorder:
     name: str = "reorder"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ()
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         context = context if isinstance(context, Context) else Context()

@@ -9,7 +9,7 @@ a weight that breaks it raises.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from sparsecc.errors import PatternViolation, SpecError
 from sparsecc.formats import ANY, Pattern, measure
-from sparsecc.ir.program import Program, Region, Rule
+from sparsecc.ir.program import Program, Region
 from sparsecc.names import Names
 from sparsecc.passes.context import Context
 from sparsecc.passes.convolution import CONVOLUTION, ConvView, conv_region, convolutions
@@ -35,10 +35,6 @@ class Select:
     name: str = "select"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ("patterns",)
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         spec = context.spec if isinstance(context, Context) else SparsitySpec()

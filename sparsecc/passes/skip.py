@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import fx
 from sparsecc.errors import SpecError
 from sparsecc.ir.infer import infer, value_of
 from sparsecc.ir.policy import Policy
-from sparsecc.ir.program import Program, Region, Rule
+from sparsecc.ir.program import Program, Region
 from sparsecc.ir.route_ops import GATHER_KEPT, KEEP, SCATTER_KEPT
 from sparsecc.ir.skip_ops import GATHER, NEURONS, RECENCY, REQUEST, SCATTER, SELECT
 from sparsecc.merging import Merge
@@ -44,10 +43,6 @@ class Skip:
     name: str = "skip"
     requires: tuple[str, ...] = ("linears",)
     ensures: tuple[str, ...] = ()
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        return {}
 
     def run(self, program: Program, context: Any = None) -> None:
         spec = context.spec if isinstance(context, Context) else SparsitySpec()
