@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._dynamo import register_backend
 from torch._dynamo.utils import counters
 
+from sparsecc.aten import to_aten
 from sparsecc.capture import share_tied
 from sparsecc.errors import CaptureError
 from sparsecc.ir.effects import mutates
@@ -72,8 +73,8 @@ class Frozen:
         self.inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.names = weight_names(self.inputs)
         self.frozen = [i for i, node in enumerate(self.inputs) if is_weight(node) and not _written(node)]
-        # Dynamo erases the sources and fakes of its graph after this call; later ones work on the copy.
-        self.graph = _copy(gm)
+        # Dynamo erases the sources and fakes of its graph after this call; later ones work on what is made of it now.
+        self.graph = to_aten(gm) or _copy(gm)
         self.lock = threading.Lock()
         self.current: Frost | None = None
 
@@ -99,7 +100,7 @@ class Frozen:
 
     def program(self, inputs: Sequence[Any]) -> Program:
         """The graph with the frozen inputs as constants. Raises CaptureError if it was traced in train mode."""
-        _require_eval(self.graph)
+        _require_eval(self.gm)
         program = Program(_copy(self.graph), "capture")
         for i, node in enumerate(program.inputs):
             if i not in set(self.frozen):
