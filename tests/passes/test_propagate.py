@@ -160,3 +160,29 @@ def program(x: "f32[s0, 8]"):
     tensors["c"][:, 0] = 0
     tensors["b"][1:, 2] = 0  # column 2 of b is only in the row that nobody reads
     assert shapes(propagated(text, tensors)) == [(5, 8), (4, 5), (4, 4)]
+
+
+POOL = """\
+# sparsecc program, stage: canonicalize
+def program(x: "f32[1, 8, 6, 6]"):
+    w: "f32[8, 8, 1, 1]" = const("conv.weight")
+    b: "f32[8]" = const("conv.bias")
+    wh: "f32[4, 8]" = const("head.weight")
+    c: "f32[1, 8, 6, 6]" = aten.convolution.default(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    p: "f32[1, 8, 1, 1]" = aten.adaptive_avg_pool2d.default(c, [1, 1])
+    u: "f32[1, 8, 2, 2]" = aten.upsample_nearest2d.vec(p, [2, 2], None)
+    m: "f32[1, 8]" = aten.mean.dim(u, [2, 3])
+    y: "f32[1, 4]" = LINEAR(m, [wh], None, None, terms="f32[4, 8]", epilogue="", layout="row", kernel="")
+    return (y,)
+""".replace("LINEAR", "sparsecc.linear")
+
+
+def test_channels_pass_a_picture_of_one_pixel() -> None:
+    tensors = tensors_of(parse_program(POOL))
+    tensors["head.weight"][:, [1, 6]] = 0
+    before = parse_program(POOL, tensors)
+    after = run_passes(before, (Propagate(),), disable=()).program
+    x = torch.randn(1, 8, 6, 6)
+    torch.testing.assert_close(after.run(x)[0], before.run(x)[0])
+    assert shapes(after) == [(4, 6)]
+    assert [str(after.type(node)) for node in after.graph.nodes if "convolution" in str(node.target)] == ["f32[1, 6, 6, 6]"]

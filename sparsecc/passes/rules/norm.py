@@ -201,6 +201,11 @@ class PerChannel(Flow):
 
     def needs(self, need: Tensor) -> Iterator[Need]:
         x = self.a.facts(self.node, self.operand)
+        for axis, (own, theirs) in enumerate(zip(self.facts.axes, x.axes, strict=True)):
+            for place in x.at(axis):  # an axis of size 1, as pooling leaves it, has no factors
+                need = need if own else need.unsqueeze(place)
+            if own and not theirs:
+                need = need.any(x.at(axis).start)
         for place, size in enumerate(x.known.shape):
             if size == 1 and need.shape[place] != 1:
                 need = need.any(place, keepdim=True)
