@@ -107,12 +107,12 @@ def error(out: Tensor, wanted: Tensor) -> float:
     return float((out.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 
 
-def sparsity_of(job: Job) -> Any:
+def sparsity_of(model: str, pattern: str) -> Any:
     """What `compile` is told: the pattern, or nothing where too few zeros are there for a user to ask for their use."""
-    few = re.fullmatch(r"unstructured\((0?\.\d+)\)", job.pattern)
-    if job.pattern == "dense" or (few and float(few[1]) < 0.5):
+    few = re.fullmatch(r"unstructured\((0?\.\d+)\)", pattern)
+    if pattern == "dense" or (few and float(few[1]) < 0.5):
         return None
-    return {"*": job.pattern, "lm_head": "dense"} if job.model == "smollm2 prefill" else job.pattern
+    return {"*": pattern, "lm_head": "dense"} if model == "smollm2 prefill" else pattern
 
 
 Case = Encoder | Decoder | Prefill
@@ -135,16 +135,16 @@ def compile_seconds(job: Job) -> dict[str, Any]:
     """From a loaded model to its first output, all that was imported on the way included."""
     case = case_of(job)
     start = time.perf_counter()
-    case.first(sparsecc.compile(case.model, sparsity=sparsity_of(job)))
+    case.first(sparsecc.compile(case.model, sparsity=sparsity_of(job.model, job.pattern)))
     return {"seconds": time.perf_counter() - start}
 
 
 def measure(job: Job) -> dict[str, Any]:
     """Check, then one interleaved run of every contestant. `speedup` holds medians of ratios between neighbours in time."""
     case = case_of(job)
-    compiled = sparsecc.compile(case.model, sparsity=sparsity_of(job))
+    compiled = sparsecc.compile(case.model, sparsity=sparsity_of(job.model, job.pattern))
     ours = case.bind(compiled, case.model)
-    row: dict[str, Any] = {**asdict(job), "tokens": case.tokens, "sparsity": sparsity_of(job)}
+    row: dict[str, Any] = {**asdict(job), "tokens": case.tokens, "sparsity": sparsity_of(job.model, job.pattern)}
     row["error"] = error(ours(), case.bind(case.model, case.model)())
     explained = compiled.explain(len(compiled.graphs) - 1)
     totals = explained.totals()

@@ -61,7 +61,7 @@ def sparsecc(case: Case) -> Call:
     from benchmarks.cpu_models import sparsity_of
 
     model, inputs = _torch_model(case)
-    compiled = ours.compile(model, sparsity=sparsity_of(case.job()["pattern"]))
+    compiled = ours.compile(model, sparsity=sparsity_of(case.job()["model"], case.job()["pattern"]))
     return lambda: compiled(**inputs).last_hidden_state
 
 

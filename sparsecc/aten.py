@@ -55,7 +55,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def _renamed(traced: fx.GraphModule, consts: dict[str, torch.Tensor], names: Sequence[str]) -> fx.GraphModule:
-    """The traced graph on the constants themselves, with the inputs' own names. Tensors that the code makes of literals are constants too."""
+    """The traced graph on the constants themselves, with the inputs' own names. Tensors that code makes of literals are constants."""
     graph, values, attributes = fx.Graph(), {}, dict[str, Any](consts)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders[len(consts) :], names, strict=True):

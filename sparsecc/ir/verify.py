@@ -42,6 +42,7 @@ STAGES: dict[str, Stage] = {
     "pack": Stage(layouts=("row",), between=False, kernels=False),
     "bundle": Stage(layouts=("row",), between=False, kernels=False),
     "layout": Stage(kernels=False),
+    "rows": Stage(kernels=False),
     "lower": Stage(kernels=True),
 }
 ANYTHING = Stage()
@@ -72,7 +73,7 @@ def verify(program: Program, stage: str | None = None, patterns: bool = False) -
             if node.target in IMAGE_MEANINGS and not rule.dialect:
                 raise VerifyError(f"after {stage}: {node.name}: {node.target} is made by convolve")
             if node.target in DIALECT and not rule.between:
-                raise VerifyError(f"after {stage}: {node.name}: {node.target} is made by layout")
+                raise VerifyError(f"after {stage}: {node.name}: {node.target} is made by layout and rows")
             if rule.kernels is not None and bool(node.args[-1]) != rule.kernels:
                 raise VerifyError(f"after {stage}: {node.name}: {'has no kernel' if rule.kernels else 'has a kernel before lower'}")
 

@@ -12,6 +12,7 @@ from sparsecc.passes.manager import Pass
 from sparsecc.passes.pack import Pack
 from sparsecc.passes.propagate import Propagate
 from sparsecc.passes.reorder import Reorder
+from sparsecc.passes.rows import Rows
 from sparsecc.passes.select import Select
 from sparsecc.passes.skip import Skip
 
@@ -27,5 +28,6 @@ PIPELINE: tuple[Pass, ...] = (
     Pack(),          # the fastest storage, or dense where none pays
     Bundle(),        # the same for neurons that are skipped
     Layout(),        # which values stay token-minor
+    Rows(),          # what stands between linears of a few tokens
     Lower(),         # kernels by name; dense regions back to ATen
 )

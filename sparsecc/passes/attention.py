@@ -12,19 +12,21 @@ from torch import fx
 
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.token_ops import ATTENTION, MASK_TILES, TOKENS
-from sparsecc.passes.site import RESHAPES, Maker, Site, has_tokens, head_views, same_tokens, shape_of, swaps
+from sparsecc.passes.site import RESHAPES, Maker, Site, fills_vectors, has_few, head_views, same_tokens, shape_of, swaps
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 
 
 def attention_site(node: fx.Node) -> Site | None:
-    """float32 heads, with no mask, a causal one or one for every key, and a result that joins to [B, S, F]."""
+    """Heads with no mask, a causal one or one for every key, and a result that joins to [B, S, F]."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     heads: list[Any] = [given.get(name) for name in names[:3]]
     q, k, v = heads
-    if given.get("dropout_p") or not all(isinstance(x, fx.Node) and has_tokens(x) and len(shape_of(x)) == 4 for x in heads):
+    if given.get("dropout_p") or not all(isinstance(x, fx.Node) and len(shape_of(x)) == 4 for x in heads):
+        return None
+    if not (has_few(q) or all(fills_vectors(x) for x in heads)) or len({value_of(x).dtype for x in heads}) > 1:
         return None
     mask, causal = given.get("attn_mask"), bool(given.get("is_causal"))
     inside: set[fx.Node] = set()
@@ -42,8 +44,8 @@ def attention_site(node: fx.Node) -> Site | None:
     scale = 1 / math.sqrt(int(shape_of(q)[-1])) if scale is None else scale
 
     def build(maker: Maker, layout: str) -> fx.Node:
-        added, tiles = (None, None) if mask is None else _mask(maker, mask)
-        args = (*(maker.now(x) for x in reads), added, tiles, scale, causal, "")
+        added, tiles = (None, None) if mask is None else _mask(maker, mask, layout)
+        args = (*(maker.now(x) for x in reads), added, tiles, scale, causal, layout, "")
         return maker.program.graph.call_function(ATTENTION, args)
 
     return Site(node, reads, build, frozenset(inside), frozenset(views | down))
@@ -104,15 +106,17 @@ def _mask_fits(mask: fx.Node, q: fx.Node, k: fx.Node) -> bool:
     return keys == str(shape_of(k)[2]) and rows in ("1", S) and fits and (not lead or lead[-1] in ("1", H)) and keys != "1"
 
 
-def _mask(maker: Maker, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """What is added to the scores and its tiles, once for all layers. A bool mask adds its logarithm: 0 where a query may see a key, else
-    -inf."""
+def _mask(maker: Maker, mask: fx.Node, layout: str) -> tuple[fx.Node, fx.Node | None]:
+    """What is added to the scores and, for many queries, its tiles, once for all layers. A bool mask adds its logarithm: 0 where a query
+    may see a key, else -inf."""
     added = _unexpanded(mask)
     dtype = value_of(added).dtype
     if dtype != torch.float32:
         added = maker.once(added, aten.to.dtype, torch.float32)
     if dtype == torch.bool:
         added = maker.once(added, aten.log.default)
+    if layout == "row":
+        return added, None
     rows = shape_of(_unexpanded(mask))[-2]
     if not (isinstance(rows, int) and rows == 1):
         added = maker.once(added, TOKENS, "")

@@ -3,6 +3,7 @@
     layer_norm(x, [N], w, b);  w * (x * rsqrt(mean(x ** 2, -1) + eps));  rms_norm(x, [N], w)        norm
     act(a) * b                                                                                      gate
     x * cos + cat([-x[..., D/2:], x[..., :D/2]], -1) * sin                                          rotary
+    cat([cache, x], -2)                                                                             append, where there are a few tokens
     scaled_dot_product_attention(q, k, v, mask)                                                     attention, see `attention`
 
 A `Site` only says what was found and how to replace it; whether that pays is layout's to decide.
@@ -15,11 +16,12 @@ import torch
 from torch import fx
 
 from sparsecc.ir.effects import mutates
+from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
-from sparsecc.ir.token_ops import GATE, NORM, ROTARY, TOKENS
+from sparsecc.ir.token_ops import APPEND, GATE, NORM, ROTARY, TOKENS
 from sparsecc.passes.attention import SDPA, attention_site
 from sparsecc.passes.fuse import ACTIVATION_TARGETS, activation_name
-from sparsecc.passes.site import TO_THE_END, Maker, Site, cut_views, factors, has_tokens, head_views, only, shape_of
+from sparsecc.passes.site import TO_THE_END, Maker, Site, cut_views, factors, has_few, has_tokens, head_views, only, shape_of
 
 aten = torch.ops.aten
 
@@ -36,6 +38,8 @@ def sites(program: Program) -> list[Site]:
                 site = _rms_norm(program, node) or _gate(node)
             case aten.add.Tensor if not writes:
                 site = _rotary(node)
+            case aten.cat.default if not writes:
+                site = _append(node)
             case t if t is SDPA and not writes:
                 site = attention_site(node)
             case _:
@@ -49,37 +53,53 @@ def sites(program: Program) -> list[Site]:
 
 
 def _norm(program: Program, node: fx.Node) -> Site | None:
-    """Over the last dimension alone, in float32, with a weight, and a bias in a layer norm."""
+    """Over the last dimension alone, with a weight, and a bias in a layer norm."""
     layer = node.target is aten.layer_norm.default
     x, shape, weight, *rest = [*node.args, None, None, None][: 5 if layer else 4]
     bias, eps = rest if layer else (None, *rest)
     eps: Any = node.kwargs.get("eps", 1e-5 if layer else None) if eps is None else eps
     if eps is None:
         eps = torch.finfo(torch.float32).eps
-    if not has_tokens(x) or len(shape or ()) != 1 or not all(_is_vector(program, w) for w in (weight, bias)[: 2 if layer else 1]):
+    if not has_tokens(x) or len(shape or ()) != 1 or not all(_is_vector(program, w, x) for w in (weight, bias)[: 2 if layer else 1]):
         return None
     return _norm_site(node, x, weight, bias, eps, "layer" if layer else "rms", frozenset())
 
 
 def _rms_norm(program: Program, node: fx.Node) -> Site | None:
-    """w * (x * rsqrt(mean(x ** 2, [-1], True) + eps))"""
+    """w * (x * rsqrt(mean(x ** 2, [-1], True) + eps)), the part in brackets in float32 whatever x is"""
     for weight, scaled in factors(node):
-        if not _is_vector(program, weight) or not only(scaled, aten.mul.Tensor, node):
+        inside: set[fx.Node] = set()
+        scaled = _uncast(scaled, node, inside)
+        user = next(iter(inside), node)
+        if not only(scaled, aten.mul.Tensor, user):
             continue
-        for x, rsqrt in factors(scaled):
-            if not (has_tokens(x) and only(rsqrt, aten.rsqrt.default, scaled)):
+        for wide, rsqrt in factors(scaled):
+            if not only(rsqrt, aten.rsqrt.default, scaled):
                 continue
             plus: Any = rsqrt.args[0]
             mean: Any = plus.args[0] if only(plus, aten.add.Tensor, rsqrt) and not plus.kwargs else None
-            if not only(mean, aten.mean.dim, plus) or list(mean.args[1:3]) not in ([[-1], True], [[len(shape_of(x)) - 1], True]):
+            if not only(mean, aten.mean.dim, plus) or list(mean.args[1:3]) not in ([[-1], True], [[len(shape_of(wide)) - 1], True]):
                 continue
             square = mean.args[0]
-            if mean.kwargs or not isinstance(plus.args[1], float | int) or not _is_square(square, x, mean):
+            if mean.kwargs or not isinstance(plus.args[1], float | int) or not _is_square(square, wide, mean):
                 continue
-            if program.const(weight).shape == shape_of(x)[-1:]:
-                inside = frozenset((scaled, rsqrt, plus, mean, square))
-                return _norm_site(node, x, weight, None, float(plus.args[1]), "rms", inside)
+            x: Any = wide
+            if inside:  # w * to(..., x's dtype), of to(x, float32)
+                if not isinstance(wide, fx.Node) or wide.target is not aten.to.dtype or set(wide.users) != {square, scaled}:
+                    continue
+                x, inside = wide.args[0], inside | {wide}
+            if has_tokens(x) and _is_vector(program, weight, x) and program.const(weight).shape == shape_of(x)[-1:]:
+                inside |= {scaled, rsqrt, plus, mean, square}
+                return _norm_site(node, x, weight, None, float(plus.args[1]), "rms", frozenset(inside))
     return None
+
+
+def _uncast(value: Any, user: fx.Node, inside: set[fx.Node]) -> Any:
+    """to(x, dtype) --> x"""
+    if only(value, aten.to.dtype, user) and len(value.args) == 2 and not value.kwargs:
+        inside.add(value)
+        return value.args[0]
+    return value
 
 
 def _is_square(node: Any, x: fx.Node, user: fx.Node) -> bool:
@@ -95,11 +115,12 @@ def _norm_site(node: fx.Node, x: fx.Node, weight: Any, bias: Any, eps: float, ki
     return Site(node, (x,), build, inside, ends=True)
 
 
-def _is_vector(program: Program, node: Any) -> bool:
+def _is_vector(program: Program, node: Any, x: fx.Node) -> bool:
+    """A constant one of x's dtype."""
     if not (isinstance(node, fx.Node) and program.is_const(node)):
         return False
     vector = program.const(node)
-    return vector.ndim == 1 and vector.dtype == torch.float32 and vector.is_contiguous()
+    return vector.ndim == 1 and vector.dtype == value_of(x).dtype and vector.is_contiguous()
 
 
 # ---- gate and rotary
@@ -121,7 +142,7 @@ def _gate(node: fx.Node) -> Site | None:
             cut_views(value, views)
 
         def build(maker: Maker, layout: str, source: fx.Node = source, b: fx.Node = b, name: str = name or "") -> fx.Node:
-            return maker.program.graph.call_function(GATE, (maker.now(source), maker.now(b), name, ""))
+            return maker.program.graph.call_function(GATE, (maker.now(source), maker.now(b), name, layout, ""))
 
         return Site(node, (source, b), build, frozenset((a,) if name else ()), frozenset(views))
     return None
@@ -140,7 +161,8 @@ def _rotary(node: fx.Node) -> Site | None:
             head_views(x, views)
 
             def build(maker: Maker, layout: str, x: fx.Node = x, tables: tuple[fx.Node, ...] = (cos, sin)) -> fx.Node:
-                return maker.program.graph.call_function(ROTARY, (maker.now(x), *(_table(maker, t) for t in tables), ""))
+                found = tables if layout == "row" else tuple(_table(maker, t) for t in tables)
+                return maker.program.graph.call_function(ROTARY, (maker.now(x), *found, layout, ""))
 
             return Site(node, (x,), build, frozenset((straight, turned, *inside)), frozenset(views))
     return None
@@ -168,8 +190,8 @@ def _is_slice(node: fx.Node, x: fx.Node, start: int, end: int, size: int) -> boo
 
 
 def _is_table(node: Any, x: fx.Node) -> bool:
-    """float32, a row for every token, one for all heads."""
-    if not has_tokens(node):
+    """A row for every token, one for all heads."""
+    if not has_tokens(node) or value_of(node).dtype != value_of(x).dtype:
         return False
     wanted, found = [str(size) for size in shape_of(x)], [str(size) for size in shape_of(node)]
     return len(found) == 4 and found[0] in ("1", wanted[0]) and found[1] == "1" and found[2:] == wanted[2:]
@@ -180,3 +202,26 @@ def _table(maker: Maker, node: fx.Node) -> fx.Node:
     source = node.args[0] if node.target is aten.unsqueeze.default and node.args[1] in (1, -3) else None
     wide = node if not isinstance(source, fx.Node) else maker.once(source, aten.unsqueeze.default, 1)
     return maker.once(wide, TOKENS, "")
+
+
+# ---- the cache
+
+
+def _append(node: fx.Node) -> Site | None:
+    """cat([cache, x], -2) of a cache [B, G, past, D] that is an input, and a few tokens of its dtype"""
+    parts, dim = (*node.args, 0)[:2]
+    if not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-2, 2) or node.kwargs:
+        return None
+    cache, x = list[Any](parts)
+    if not (has_few(x) and isinstance(cache, fx.Node) and cache.op == "placeholder" and len(shape_of(cache)) == 4 == len(shape_of(x))):
+        return None
+    sizes = [[str(size) for d, size in enumerate(shape_of(part)) if d != 2] for part in parts]
+    if sizes[0] != sizes[1] or value_of(cache).dtype != value_of(x).dtype:
+        return None
+    views: set[fx.Node] = set()
+    head_views(x, views)
+
+    def build(maker: Maker, layout: str) -> fx.Node:
+        return maker.program.graph.call_function(APPEND, (cache, maker.now(x), ""))
+
+    return Site(node, (x,), build, views=frozenset(views))

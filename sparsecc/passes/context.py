@@ -135,22 +135,30 @@ class Tuner(Protocol):
 
 
 class Between(Protocol):
-    """Kernels for what stands between linears whose values are token-minor."""
+    """Kernels for what stands between linears whose values are token-minor, or, with layout "row", of a few tokens."""
 
     def norm(self, kind: str, layout: str) -> tuple[str, Any]:
         """Key and code of `sparsecc.norm`."""
         ...
 
-    def gate(self, activation: str) -> tuple[str, Any]:
+    def norm_rows(self, kind: str) -> tuple[str, Any]:
+        """The same for a few tokens."""
+        ...
+
+    def gate(self, activation: str, layout: str) -> tuple[str, Any]:
         """Key and code of `sparsecc.gate`."""
         ...
 
-    def rotary(self) -> tuple[str, Any]:
+    def rotary(self, layout: str) -> tuple[str, Any]:
         """Key and code of `sparsecc.rotary`."""
         ...
 
-    def attention(self, D: int, hides: str) -> tuple[str, Any]:
+    def attention(self, D: int, hides: str, layout: str) -> tuple[str, Any]:
         """Key and code of `sparsecc.attention`."""
+        ...
+
+    def append(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.append`."""
         ...
 
     def tokens(self) -> tuple[str, Any]:

@@ -27,7 +27,7 @@ from sparsecc.passes.between import sites
 from sparsecc.passes.context import Attention, Context
 from sparsecc.passes.lower import hides
 from sparsecc.passes.pictures import return_slower
-from sparsecc.passes.site import Maker, Site, has_tokens, root
+from sparsecc.passes.site import Maker, Site, fills_vectors, root
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ class _Plan:
     def of(program: Program) -> _Plan:
         """Everything that could be token-minor."""
         packed = {view.node for view in program.linears() if all(term.format is not None for term in view.terms)}
-        plan = _Plan({node for node in packed if has_tokens(LinearView(node).x)})
+        plan = _Plan({node for node in packed if fills_vectors(LinearView(node).x)})
         for site in sites(program):
+            if not all(fills_vectors(read) for read in site.reads):
+                continue
             plan.sites[site.node] = site
             plan.owner |= dict.fromkeys((site.node, *site.inside), site)
             plan.views |= site.views

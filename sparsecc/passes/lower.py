@@ -16,11 +16,12 @@ from sparsecc.ir.image_ops import DEPTHWISE, PATCHES, POOL
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program
-from sparsecc.ir.token_ops import ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
+from sparsecc.ir.token_ops import APPEND, ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.passes.bundle import lower_neurons
 from sparsecc.passes.context import Context
 from sparsecc.passes.core import lower_cores
 from sparsecc.passes.pack import tokens_of
+from sparsecc.passes.site import has_few
 
 aten = torch.ops.aten
 
@@ -67,10 +68,11 @@ class Lower:
 
 
 BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
-    NORM: lambda between, node: between.norm(*node.args[4:6]),
-    GATE: lambda between, node: between.gate(node.args[2]),
-    ROTARY: lambda between, node: between.rotary(),
-    ATTENTION: lambda between, node: between.attention(_head_size(node), "causal" if node.args[6] else hides(node.args[3])),
+    NORM: lambda between, node: between.norm_rows(node.args[4]) if has_few(node.args[0]) else between.norm(*node.args[4:6]),
+    GATE: lambda between, node: between.gate(*node.args[2:4]),
+    ROTARY: lambda between, node: between.rotary(node.args[3]),
+    ATTENTION: lambda between, node: between.attention(_head_size(node), "causal" if node.args[6] else hides(node.args[3]), node.args[7]),
+    APPEND: lambda between, node: between.append(),
     TOKENS: lambda between, node: between.tokens(),
     MASK_TILES: lambda between, node: between.mask_tiles(hides(node.args[0]) == "rows"),
     DEPTHWISE: lambda between, node: between.window("depthwise", node.args[4], node.args[6]),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.codegen.kernel import FEW
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import TOKEN_TILE
 from sparsecc.ir.program import Program
@@ -16,13 +17,15 @@ from sparsecc.ir.program import Program
 aten = torch.ops.aten
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 RESHAPES = (aten.reshape.default, aten.view.default)
+FEW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TO_THE_END = 2**62
 """Slices to "the end" carry 2**63 - 1."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One op of the dialect in the making: it gives `node`'s value, reads `reads` token-minor, and makes all of `inside` useless.
+    """One op of the dialect in the making: it gives `node`'s value, reads `reads`, token-minor unless they are a few tokens, and makes all
+    of `inside` useless.
 
     `views`: nodes that cut what it reads out of wider values, or join its result; they stay. `ends`: it may also read rows, or write them.
     `build(maker, layout)` makes the op, before `node`.
@@ -65,13 +68,30 @@ class Maker:
 
 
 def has_tokens(x: Any) -> bool:
-    """Whether sequences fill a vector: one row of tokens is read as it lies."""
+    """Whether kernels read it: sequences that fill a vector, or a few tokens in all. One row of tokens of many sequences stays as it is."""
+    return fills_vectors(x) or has_few(x)
+
+
+def fills_vectors(x: Any) -> bool:
+    """float32, and sequences that fill a vector of tokens."""
     value = value_of(x) if isinstance(x, fx.Node) else None
     if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.dtype != torch.float32:
         return False
-    size = value.shape[-2]
-    hint = size if isinstance(size, int) else size.node.hint
-    return hint is None or hint >= TOKEN_TILE
+    size = _hint(value.shape[-2])
+    return size is None or size >= TOKEN_TILE
+
+
+def has_few(x: Any) -> bool:
+    """A few tokens [B, S, F], or their heads [B, H, S, D]: decode."""
+    value = value_of(x) if isinstance(x, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4) or value.dtype not in FEW_DTYPES:
+        return False
+    B, S = _hint(value.shape[0]), _hint(value.shape[-2])
+    return B is not None and S is not None and S < TOKEN_TILE and B * S <= FEW
+
+
+def _hint(size: Any) -> int | None:
+    return size if isinstance(size, int) else size.node.hint
 
 
 def root(value: Any, views: set[fx.Node]) -> fx.Node:

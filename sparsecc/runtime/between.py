@@ -63,7 +63,7 @@ class NormKernel(TokenKernel):
         per = self._per(t.S)
         steps = sequences(y).steps if token else (N, 0, 0)
         parts = (t.tensor, y, weight, weight if bias is None else bias)
-        call(self.code, *(c_void_p(p.data_ptr()) for p in parts), _number(eps), t.S, N, t.B * per, per, *t.steps, *steps)
+        call(self.code, *(c_void_p(p.data_ptr()) for p in parts), number(eps), t.S, N, t.B * per, per, *t.steps, *steps)
         return y
 
 
@@ -140,7 +140,7 @@ class AttentionKernel(TokenKernel):
             steps += [mask.stride(-1), span, *_lead(mask), tiles.stride(-2) if tiles.shape[-2] > 1 else 0, *_lead(tiles)]
         elif mask is not None:
             raise ShapeError("attention: this kernel was made for no mask")
-        addresses = [c_void_p(q.data_ptr()), c_void_p(y.data_ptr()), _number(scale), *(c_void_p(t.data_ptr()) for t in tensors)]
+        addresses = [c_void_p(q.data_ptr()), c_void_p(y.data_ptr()), number(scale), *(c_void_p(t.data_ptr()) for t in tensors)]
         per = self._per(S)
         call(self.code, *addresses, S, Sk, H, H // G, B * H * per, per, *_head_steps(q), *_head_steps(y), *steps)
         return y
@@ -227,5 +227,6 @@ def _cell(value: float) -> c_float:
     return c_float(value)
 
 
-def _number(value: float) -> c_void_p:
+def number(value: float) -> c_void_p:
+    """The address of a float32, for good."""
     return c_void_p(addressof(_cell(value)))

@@ -34,7 +34,7 @@ KINDS: dict[Any, Any] = {LINEAR: ops.linear, **token_ops.MEANINGS, **image_ops.I
 """Ops that kernels run, and what to call without the dispatcher."""
 VIEWS = {
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.slice.Tensor,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, operator.getitem,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.contiguous.default, operator.getitem,
 }  # fmt: skip
 PLANS = 32
 """Recorded shapes per thread and chain; more are forgotten, the oldest first."""
@@ -51,8 +51,10 @@ class Chain:
     cache when the next reads it.
     """
 
-    def __init__(self, gm: fx.GraphModule, key: str, results: Sequence[Result] | None, batch: Batch | None) -> None:
-        self.gm, self.key, self.results, self.batch = gm, key, results, batch
+    def __init__(
+        self, gm: fx.GraphModule, key: str, results: Sequence[Result] | None, batch: Batch | None, caches: Caches | None = None
+    ) -> None:
+        self.gm, self.key, self.results, self.batch, self.caches = gm, key, results, batch, caches
         CHAINS[key] = self
 
     def __call__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -72,15 +74,18 @@ class Chain:
     def part(self, tensors: Sequence[Tensor], sizes: Sequence[int], into: Sequence[Tensor] = ()) -> list[Tensor]:
         """All kernels, by replay if these shapes were recorded; the results are written `into` tensors if such are given."""
         plans = _plans(self)
-        key = _key(tensors, sizes)
+        length = self.caches.length(tensors) if self.caches is not None else 0
+        key = _key(tensors, sizes, self.caches if length else None)
         plan = plans.get(key)
         if plan is not None:
-            return plan(tensors, into)
+            return plan(tensors, into, length)
         try:
             with Recorder(_pool(), spanned=True) as recorder:
+                self._note(recorder, tensors, length)
                 outputs = self.run(tensors, sizes, recorder)
         except NotAView:
             with Recorder(_pool()) as recorder:
+                self._note(recorder, tensors, length)
                 outputs = self.run(tensors, sizes, recorder)
         plan = Replay.of(recorder, tensors, outputs, self.kernels())
         if plan is not None:
@@ -91,6 +96,11 @@ class Chain:
             t.copy_(output)
         return list(into) or outputs
 
+    def _note(self, recorder: Recorder, tensors: Sequence[Tensor], length: int) -> None:
+        if length and self.caches is not None:
+            recorder.length = length
+            recorder.grown = {tensors[i].untyped_storage().data_ptr(): 0 for i in self.caches.caches}
+
     def kernels(self) -> list[Any]:
         """What runs the nodes at present: another compilation may put its own in their place."""
         return [KERNELS.get(node.args[-1]) for node in self.gm.graph.nodes if node.target in KINDS]
@@ -98,6 +108,48 @@ class Chain:
     def run(self, tensors: Sequence[Tensor], sizes: Sequence[Any], recorder: Recorder | None = None) -> list[Tensor]:
         """Node by node."""
         return list(_Run(self.gm, recorder).run(*tensors, *sizes, enable_io_processing=False))
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Which arguments are KV caches [B, G, past, D], and masks of what they become: their length is another in every step, and a replay
+    serves all."""
+
+    caches: tuple[int, ...]
+    masks: tuple[int, ...]
+    new: int
+    """Tokens of a step."""
+
+    @staticmethod
+    def of(nodes: Sequence[fx.Node], tensors: Sequence[fx.Node]) -> Caches | None:
+        """None unless all of them only go into caches, and these only into attention."""
+        appends = [node for node in nodes if node.target is token_ops.APPEND]
+        if not appends:
+            return None
+        new = value_of(appends[0].all_input_nodes[1])
+        for node in appends:
+            if any(user in nodes and (user.target is not token_ops.ATTENTION or node not in user.args[1:3]) for user in node.users):
+                return None
+        masked = [node for node in nodes if node.target is token_ops.ATTENTION and {*node.all_input_nodes[1:3]} <= {*appends}]
+        caches = tuple(i for i, t in enumerate(tensors) if any(a.args[0] is t for a in appends))
+        masks = tuple(i for i, t in enumerate(tensors) if any(a.args[3] is t for a in masked))
+        known = isinstance(new, Tensor) and isinstance(new.shape[2], int)
+        for i in (*caches, *masks):
+            users = [user for user in tensors[i].users if user in nodes]
+            known = known and all(u in (appends if i in caches else masked) for u in users)
+        return Caches(caches, masks, new.shape[2]) if known else None
+
+    def length(self, tensors: Sequence[Tensor]) -> int:
+        """Tokens that all of them hold; 0 if they differ, or don't lie as kernels want them for that."""
+        caches, masks = [tensors[i] for i in self.caches], [tensors[i] for i in self.masks]
+        past = int(caches[0].shape[2])
+        fits = all(t.shape[2] == past and t.is_contiguous() for t in caches) and len({t.data_ptr() for t in caches}) == len(caches)
+        return past if fits and all(m.shape[-1] == past + self.new and m.is_contiguous() for m in masks) else 0
+
+    def key(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What decides how kernels are called, but for the length."""
+        caches = tuple((t.dtype, t.shape[:2], t.shape[3]) for t in (tensors[i] for i in self.caches))
+        return caches, tuple((t.dtype, t.shape[:-1]) for t in (tensors[i] for i in self.masks))
 
 
 @dataclass(frozen=True)
@@ -211,9 +263,12 @@ class _Run(fx.Interpreter):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if self.fake else value
 
 
-def _key(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Any, ...]:
+def _key(tensors: Sequence[Tensor], sizes: Sequence[int], caches: Caches | None) -> tuple[Any, ...]:
     """What decides how kernels are called: shapes, strides, alignment, what may be read behind the end, and which arguments share
     their place."""
+    if caches is not None:
+        rest = [t for i, t in enumerate(tensors) if i not in caches.caches and i not in caches.masks]
+        return (*_key(rest, sizes, None), *caches.key(tensors))
     starts = [t.untyped_storage().data_ptr() for t in tensors]
     facts = ((t.dtype, t.shape, t.stride(), t.data_ptr() % 64, _slack(t), *_shared(t, tensors, starts)) for t in tensors)
     return (*sizes, *facts)
@@ -343,8 +398,9 @@ def _link(program: Program, nodes: list[fx.Node]) -> Chain:
     gm = make_module({str(node.target): get_attr(program.gm, str(node.target)) for node in fixed}, graph)
     text = hashlib.sha256("\n".join(n.format_node() or "" for n in graph.nodes).encode()).hexdigest()[:16]
     known = [Result.of(node, tensors) for node in results]
-    batch = Batch.of(nodes, tensors, sizes)
-    chain = Chain(gm, f"{next(_COUNT)}:{text}", None if None in known else known, batch)  # type: ignore[arg-type]
+    caches = Caches.of(nodes, tensors)
+    batch = Batch.of(nodes, tensors, sizes) if caches is None else None
+    chain = Chain(gm, f"{next(_COUNT)}:{text}", None if None in known else known, batch, caches)  # type: ignore[arg-type]
     with program.graph.inserting_after(nodes[-1]):
         call = program.graph.call_function(CHAIN, (tensors, sizes, chain.key))
     for i, node in reversed(list(enumerate(results))):

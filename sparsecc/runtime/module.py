@@ -134,7 +134,7 @@ class CompiledModule(nn.Module):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                with torch._dynamo.config.patch(prepare_freezing=True):
+                with torch._dynamo.config.patch(prepare_freezing=True, specialize_float=True):
                     return compiled(*args, **kwargs)
             except BackendCompilerFailed as error:
                 inner = error.inner_exception if hasattr(error, "inner_exception") else error.__cause__

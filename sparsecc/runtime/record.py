@@ -74,6 +74,8 @@ class Recorder(TorchDispatchMode):
 
     With `spanned`, token-minor results lie in spans (see codegen/tvm/tiles.py). No stride says so: such a tensor is only right about its
     first span, serves as address, sizes and other strides, and is known by its storage. `spans` has the distance of its spans.
+    `length` is that of the chain's KV caches, where their length is to be new in every replay; `grown` has what holds such a cache, by its
+    storage, and how much longer it is.
     While `result` is set, kernels write what the caller gets: memory of its own, and what its strides say. The next token-minor result
     is `into`, where that is given.
     """
@@ -85,6 +87,8 @@ class Recorder(TorchDispatchMode):
     result: bool = False
     spans: dict[int, int] = field(default_factory=dict)
     into: Tensor | None = None
+    length: int = 0
+    grown: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -164,6 +168,54 @@ def set_span(tensor: Tensor, floats: int) -> None:
     RECORDERS.recorder.spans[tensor.untyped_storage().data_ptr()] = floats
 
 
+class Grown(int):
+    """An argument that depends on the caches' length: per * length + plus."""
+
+    per: int
+    plus: int
+
+
+def growing(tensor: Tensor) -> bool:
+    """Whether it is a cache, or the like, whose length a replay may change."""
+    recorder = RECORDERS.recorder
+    return recorder is not None and tensor.untyped_storage().data_ptr() in recorder.grown and tensor.is_contiguous()
+
+
+def set_growing(tensor: Tensor, plus: int) -> None:
+    """It is longer than the caches by `plus`. Only a result can be: memory between kernels has its size."""
+    recorder = RECORDERS.recorder
+    assert recorder is not None
+    recorder.grown[tensor.untyped_storage().data_ptr()] = plus
+    if not recorder.result:
+        recorder.foreign = "a cache that nobody keeps"
+
+
+def grown(value: int, per: int) -> Grown:
+    """An argument of this value now, `per` more for every token that the caches are longer."""
+    assert RECORDERS.recorder is not None
+    made = Grown(value)
+    made.per, made.plus = per, value - per * RECORDERS.recorder.length
+    return made
+
+
+@dataclass(frozen=True)
+class Made:
+    """A result: elements of its storage, and how it lies there. A cache that is `plus` longer than those given gets a length of its own."""
+
+    count: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    steps: tuple[int, ...]
+    plus: int | None = None
+
+    def empty(self, length: int) -> Tensor:
+        """Memory for it."""
+        if self.plus is None:
+            return torch.empty(self.count, dtype=self.dtype).as_strided(self.shape, self.steps)
+        *lead, _, D = self.shape
+        return torch.empty((*lead, length + self.plus, D), dtype=self.dtype)
+
+
 @dataclass(frozen=True)
 class Replay:
     """The calls of a recorded run. `inputs`, `outputs`: per tensor, what renews an address in the calls, and its distance from the
@@ -172,8 +224,9 @@ class Replay:
     run: Callable[[], None]
     inputs: list[list[Slot]]
     outputs: list[list[Slot]]
-    shapes: list[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
-    """Of each output: elements of its storage, dtype, size, strides."""
+    made: list[Made]
+    lengths: list[tuple[Callable[[int], None], Grown]]
+    """What renews an argument that depends on the caches' length."""
     keep: Sequence[Any] = ()
     """Owners of memory that the calls know by its address alone."""
 
@@ -185,15 +238,20 @@ class Replay:
         storages = [t.untyped_storage().data_ptr() for t in (*inputs, *outputs)]
         if len(set(storages[len(inputs) :])) < len(outputs) or set(storages[: len(inputs)]) & set(storages[len(inputs) :]):
             return None
-        run, slots = _calls(recorder.calls)
+        run, slots, lengths = _calls(recorder.calls)
+        if recorder.length and not lengths:
+            return None
         found = [_inside(slots, t) for t in (*inputs, *outputs)]
-        shapes = [(t.untyped_storage().nbytes() // t.itemsize, t.dtype, tuple(t.shape), t.stride()) for t in outputs]
-        return Replay(run, found[: len(inputs)], found[len(inputs) :], shapes, keep)
+        longer = [recorder.grown.get(storage) for storage in storages[len(inputs) :]]
+        facts = zip(outputs, longer, strict=True)
+        made = [Made(t.untyped_storage().nbytes() // t.itemsize, t.dtype, tuple(t.shape), t.stride(), plus) for t, plus in facts]
+        return Replay(run, found[: len(inputs)], found[len(inputs) :], made, lengths, keep)
 
-    def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
-        """The outputs: new tensors, or those given, which must have the recorded sizes and strides."""
-        shapes = self.shapes
-        made = list(into) or [torch.empty(count, dtype=dtype).as_strided(size, steps) for count, dtype, size, steps in shapes]
+    def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = (), length: int = 0) -> list[Tensor]:
+        """The outputs: new tensors, or those given, which must have the recorded sizes and strides. `length`: of the caches."""
+        made = list(into) or [one.empty(length) for one in self.made]
+        for renew, argument in self.lengths:
+            renew(argument.per * length + argument.plus)
         for tensor, slots in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
             address = tensor.data_ptr()
             for renew, distance in slots:
@@ -206,19 +264,25 @@ Slot = tuple[Callable[[int], None], int]
 Addresses = list[tuple[int, Callable[[int], None]]]
 
 
-def _calls(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple[Callable[[], None], Addresses]:
-    """What makes the calls, and every address among their arguments with what renews it."""
+Lengths = list[tuple[Callable[[int], None], Grown]]
+
+
+def _calls(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple[Callable[[], None], Addresses, Lengths]:
+    """What makes the calls, and every address among their arguments, and every length of caches, with what renews it. Only native calls
+    can have other lengths."""
     native = [(code, args) for code, args in calls if isinstance(code, Native)]
     if len(native) == len(calls):
         made = Calls(native)
-        return made, [(cell.value or 0, partial(made.values.__setitem__, index)) for cell, index in Calls.slots(native)]
+        slots = [(arg, partial(made.values.__setitem__, index)) for arg, index in Calls.slots(native)]
+        cells = [(arg.value or 0, renew) for arg, renew in slots if isinstance(arg, c_void_p)]
+        return made, cells, [(renew, arg) for arg, renew in slots if isinstance(arg, Grown)]
 
     def run() -> None:
         for code, args in calls:
             code(*args)
 
     cells = [arg for _, args in calls for arg in args if isinstance(arg, c_void_p)]
-    return run, [(cell.value or 0, partial(setattr, cell, "value")) for cell in cells]
+    return run, [(cell.value or 0, partial(setattr, cell, "value")) for cell in cells], []
 
 
 def _inside(slots: Addresses, tensor: Tensor) -> list[Slot]:

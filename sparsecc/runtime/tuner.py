@@ -44,6 +44,7 @@ from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
 from sparsecc.runtime.neuron_tuner import CpuNeurons
 from sparsecc.runtime.remainder import undisturbed
+from sparsecc.runtime.rows import AppendRows, AttentionRows, GateRows, NormRows, RotaryRows
 
 TOLERANCE = 2e-5
 """Largest error of a candidate, as a fraction of the largest output: float32 accumulation in another order."""
@@ -119,19 +120,33 @@ class CpuTuner:
         spec = NormSpec(kind, layout)
         return self._named(spec), NormKernel(self.backend, spec)
 
-    def gate(self, activation: str) -> tuple[str, GateKernel]:
+    def norm_rows(self, kind: str) -> tuple[str, NormRows]:
+        """The same for a few tokens."""
+        return self._named(f"{kind} norm, rows"), NormRows(self.backend, kind)
+
+    def gate(self, activation: str, layout: str) -> tuple[str, GateKernel | GateRows]:
         """The key that stands in the program, and the kernel."""
         spec = GateSpec(activation)
+        if layout == "row":
+            return self._named(f"{spec}, rows"), GateRows(self.backend, activation)
         return self._named(spec), GateKernel(self.backend, spec)
 
-    def rotary(self) -> tuple[str, RotaryKernel]:
+    def rotary(self, layout: str) -> tuple[str, RotaryKernel | RotaryRows]:
         """The key that stands in the program, and the kernel."""
+        if layout == "row":
+            return self._named("rotary, rows"), RotaryRows(self.backend)
         return self._named("rotary"), RotaryKernel(self.backend)
 
-    def attention(self, D: int, hides: str) -> tuple[str, AttentionKernel]:
+    def attention(self, D: int, hides: str, layout: str = "token") -> tuple[str, AttentionKernel | AttentionRows]:
         """The key that stands in the program, and the kernel."""
         spec = AttentionSpec(D, hides)
+        if layout == "row":
+            return self._named(f"{spec}, rows"), AttentionRows(self.backend, D, "mask" if hides in ("rows", "keys") else hides)
         return self._named(spec), AttentionKernel(self.backend, spec)
+
+    def append(self) -> tuple[str, AppendRows]:
+        """The key that stands in the program, and the kernel."""
+        return self._named("append, rows"), AppendRows(self.backend)
 
     def tokens(self) -> tuple[str, TokensKernel]:
         """The key that stands in the program, and the kernel."""
@@ -180,7 +195,7 @@ class CpuTuner:
         found = self.cache.get(key)
         if found is None:
             call = AttentionCall(problem)
-            _, kernel = self.attention(problem.D, problem.hides)
+            kernel = AttentionKernel(self.backend, AttentionSpec(problem.D, problem.hides))
             entrant = Candidate("token-minor", 0.0, lambda: call.candidate(kernel))
             dense = Candidate("dense", 1.0, call.dense)
             results = contest(dense, [entrant], call.reference, TOLERANCE, self.effort, self._deadline, race=undisturbed)

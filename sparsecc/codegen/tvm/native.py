@@ -75,17 +75,17 @@ class Calls:
             raise RuntimeError(REFUSED.format(failed, self._count))
 
     @staticmethod
-    def slots(calls: Sequence[tuple[Native, Sequence[Any]]]) -> list[tuple[c_void_p, int]]:
-        """Every address among the arguments, and its index in `values`."""
+    def slots(calls: Sequence[tuple[Native, Sequence[Any]]]) -> list[tuple[Any, int]]:
+        """Every argument, and its index in `values`."""
         every = [arg for _, args in calls for arg in args]
-        return [(arg, 2 * i + 1) for i, arg in enumerate(every) if isinstance(arg, c_void_p)]
+        return [(arg, 2 * i + 1) for i, arg in enumerate(every)]
 
 
 def _pairs(args: Sequence[Any]) -> list[int]:
     """As TVM wants them: what each argument is, and its value."""
     pairs: list[int] = []
     for arg in args:
-        if type(arg) is int:
+        if isinstance(arg, int):
             pairs += (_INT, arg)
         else:
             pairs += (_POINTER, arg.value) if arg.value else (_NONE, 0)
