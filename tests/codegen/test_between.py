@@ -77,7 +77,7 @@ def test_rotary(D: int) -> None:
         x, turns = torch.randn(B, H, S, D), 1000 * torch.rand(B, 1, S, D)
         cos, sin = turns.cos(), turns.sin()  # a half of its own each, as the formula allows
         for n in {1, B}:
-            want = token_ops.rotary(x.double(), cos[:n].double(), sin[:n].double(), "")
+            want = token_ops.rotary(x.double(), cos[:n].double(), sin[:n].double(), "token", "")
             for given, tables in ((x, (cos[:n], sin[:n])), (token(x), (token(cos[:n]), token(sin[:n])))):
                 if S:
                     close(kernel(given, *tables), want)
@@ -205,5 +205,5 @@ def test_narrower_vectors(isa: str) -> None:
         close(AttentionKernel(backend, AttentionSpec(4, hides))(q, k, v, *given, 0.4), want)
     close(GateKernel(backend, GateSpec())(x, x), F.silu(x.double()) * x.double())
     table = torch.randn(1, 1, 50, 4)
-    close(RotaryKernel(backend)(q, table, table), token_ops.rotary(q.double(), table.double(), table.double(), ""))
+    close(RotaryKernel(backend)(q, table, table), token_ops.rotary(q.double(), table.double(), table.double(), "token", ""))
     assert torch.equal(TilesKernel(backend, True)(mask), token_ops.mask_tiles(mask, ""))

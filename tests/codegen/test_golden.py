@@ -15,9 +15,11 @@ from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.linear import linear_source
 from sparsecc.codegen.tvm.attention import AttentionSpec, attention_source
+from sparsecc.codegen.tvm.attention_rows import attention_rows_source
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.host import Isa
 from sparsecc.codegen.tvm.pointwise import mask_tiles_source, rotary_source
+from sparsecc.codegen.tvm.rows import append_source, norm_rows_source
 from sparsecc.codegen.tvm.tiles import pack_rows_source
 from sparsecc.formats import parse_format
 
@@ -57,6 +59,9 @@ GOLDENS = {
     "attention_masked": attention_source(AttentionSpec(6, "rows"), 1, 2),
     "mask_tiles": mask_tiles_source(True, 2),
     "rotary": rotary_source(1, 2),
+    "norm_rows_bf16": norm_rows_source("rms", "bf16", 4),
+    "append_rows": append_source("f32", 4),
+    "attention_rows_masked": attention_rows_source(6, "mask", "f32", 4),
 }
 
 

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import sparsecc
 from examples.models import llama_stack, smollm2, smollm2_tokenizer
+from sparsecc.runtime.record import Replay
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,54 @@ def test_a_sparse_head_tied_to_the_embedding() -> None:
     ids = torch.randint(0, 128, (1, 9))
     assert torch.equal(greedy(compiled, model.config, ids, 8), greedy(model, model.config, ids, 8))
     assert {region.name: region for region in compiled.explain(1).regions}["lm_head"].pattern == "unstructured(0.5)"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "dtype"), [(1, torch.float32), (3, torch.float32), (1, torch.bfloat16)])
+def test_one_recording_serves_steps_of_all_lengths(batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with padding, a cache that was cut, and one whose tensors lie otherwise than kernels leave them."""
+    model = llama_stack(64, 160, 2, heads=4, kv_heads=2, vocab=128)
+    spec = {"*": "unstructured(0.5)", "lm_head": "unstructured(0.5)"}
+    sparsecc.prune(model, spec, exclude=())
+    model = model.to(dtype)
+    recorded: list[int] = []
+    of = Replay.of
+    monkeypatch.setattr(Replay, "of", staticmethod(lambda *args: (recorded.append(args[0].length), of(*args))[1]))
+    compiled = sparsecc.compile(model, sparsity=spec, autotune="none", remainder="eager")
+    ids = torch.randint(0, 128, (batch, 20))
+    mask = torch.ones(batch, 20, dtype=torch.long)
+    mask[1:, :5] = 0
+    ours, theirs = DynamicCache(config=model.config), DynamicCache(config=model.config)
+
+    def step(first: int, last: int) -> None:
+        results = []
+        for run, cache in ((compiled, ours), (model, theirs)):
+            out = run(input_ids=ids[:, first:last] % 128, attention_mask=mask[:, :last], past_key_values=cache, use_cache=True)
+            results.append(out.logits[:, -1].float())
+        got, want = results
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want.abs().max()))
+        for a, b in zip(ours.layers, theirs.layers, strict=True):
+            torch.testing.assert_close(a.keys, b.keys, rtol=0.02, atol=0.02)
+            assert a.values.shape == b.values.shape
+
+    step(0, 9)
+    recorded.clear()
+    for at in range(9, 16):
+        step(at, at + 1)
+    text = compiled.ir("rows", graph=1)
+    assert [text.count(f"sparsecc.{name}(") for name in ("norm", "rotary", "append", "attention", "gate")] == [5, 4, 4, 2, 2]
+    assert len(recorded) <= 2  # the first may make things that are not kernels' own
+    for layer in (*ours.layers, *theirs.layers):
+        layer.keys, layer.values = (t[:, :, :12].clone() for t in (layer.keys, layer.values))
+    step(12, 13)
+    assert len(recorded) <= 2
+    for layer in ours.layers:
+        layer.keys = layer.keys.transpose(1, 2).contiguous().transpose(1, 2)
+    step(13, 14)
+    step(14, 15)
+    torch.set_num_threads(1)
+    step(15, 16)
 
 
 def test_without_a_cache_it_is_exported() -> None:

@@ -25,10 +25,10 @@ def test_norm(kind: str, layout: str) -> None:
 
 def test_gate_and_rotary() -> None:
     a, b = torch.randn(2, 20, 8), torch.randn(2, 20, 8)
-    y = GATE(a, b, "silu", "")
+    y = GATE(a, b, "silu", "token", "")
     torch.testing.assert_close(y, F.silu(a) * b)
     x, angle = torch.randn(2, 3, 20, 8), torch.randn(1, 1, 20, 4).repeat(1, 1, 1, 2)
-    turned = ROTARY(x, angle.cos(), angle.sin(), "")
+    turned = ROTARY(x, angle.cos(), angle.sin(), "token", "")
     pairs = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(()), angle[..., :4])  # what it is: a turn in the plane
     torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag], -1))
     for value in (y, turned):
@@ -46,7 +46,7 @@ def test_attention(mask: str) -> None:
     if added is not None and mask != "one row":
         added = TOKENS(added, "")
         assert added.stride() == empty_output(added, 30, "token").stride()
-    y = ATTENTION(q, k, v, added, None if added is None else MASK_TILES(added, ""), 0.3, causal, "")
+    y = ATTENTION(q, k, v, added, None if added is None else MASK_TILES(added, ""), 0.3, causal, "token", "")
     torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, given, is_causal=causal, scale=0.3, enable_gqa=True))
     assert y.stride() == empty_output(q, 8, "token").stride()
 
