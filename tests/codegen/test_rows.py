@@ -92,7 +92,7 @@ def test_append(dtype: torch.dtype) -> None:
 def test_attention(hides: str, dtype: torch.dtype) -> None:
     shapes = {20: ((2, 4, 2, 3, 70), (1, 2, 2, 2, 2)), 64: ((1, 3, 1, 1, 65), (1, 9, 3, 1, 600)), 7: ((2, 2, 2, 2, 2),)}
     wanted = {torch.float32: (7, 20, 64), torch.bfloat16: (64,), torch.float16: (20,)}[dtype]
-    for D, (B, H, G, S, Sk) in ((D, shape) for D in wanted for shape in shapes[D]):
+    for D, B, H, G, S, Sk in ((size, *shape) for size in wanted for shape in shapes[size]):
         kernel = AttentionRows(TvmBackend.of(), D, hides)
         q, k, v = heads(B, H, S, D, dtype), torch.randn(B, G, Sk, D).to(dtype), heads(B, G, Sk, D, dtype, room=2)
         for lead, rows in (((B, 1), S), ((1, H), 1), ((), S)) if hides == "mask" else (((), 0),):
