@@ -12,7 +12,7 @@ from torch import fx
 
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.token_ops import ATTENTION, MASK_TILES, TOKENS
-from sparsecc.passes.site import RESHAPES, Maker, Site, fills_vectors, has_few, head_views, same_tokens, shape_of, swaps
+from sparsecc.passes.site import RESHAPES, Maker, Site, fills_vectors, has_few, head_views, hints, same_tokens, shape_of, swaps
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -69,7 +69,10 @@ def key_heads(node: fx.Node) -> Any:
 
 def _heads_fit(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
     (_, H, _, D), (_, G, Sk, _) = shape_of(q), shape_of(k)
-    return [str(size) for size in shape_of(v)[1:]] == [str(G), str(Sk), str(D)] and isinstance(G, int) and isinstance(H, int) and H % G == 0
+    if not (isinstance(G, int) and isinstance(H, int) and H % G == 0):
+        return False
+    alike = [str(size) for size in shape_of(v)[1:]] == [str(G), str(Sk), str(D)]
+    return alike or (has_few(q) and hints(shape_of(v)[1:]) == hints((G, Sk, D)))
 
 
 def unrepeated(value: Any, H: Any, inside: set[fx.Node], user: fx.Node) -> Any:
@@ -103,7 +106,8 @@ def _mask_fits(mask: fx.Node, q: fx.Node, k: fx.Node) -> bool:
         return False
     *lead, rows, keys = [str(size) for size in value.shape]
     fits = len(lead) < 2 or lead[0] in ("1", B)
-    return keys == str(shape_of(k)[2]) and rows in ("1", S) and fits and (not lead or lead[-1] in ("1", H)) and keys != "1"
+    same = keys == str(shape_of(k)[2]) or (has_few(q) and hints(value.shape[-1:]) == hints(shape_of(k)[2:3]))
+    return same and rows in ("1", S) and fits and (not lead or lead[-1] in ("1", H)) and keys != "1"
 
 
 def _mask(maker: Maker, mask: fx.Node, layout: str) -> tuple[fx.Node, fx.Node | None]:

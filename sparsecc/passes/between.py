@@ -161,8 +161,7 @@ def _rotary(node: fx.Node) -> Site | None:
             head_views(x, views)
 
             def build(maker: Maker, layout: str, x: fx.Node = x, tables: tuple[fx.Node, ...] = (cos, sin)) -> fx.Node:
-                found = tables if layout == "row" else tuple(_table(maker, t) for t in tables)
-                return maker.program.graph.call_function(ROTARY, (maker.now(x), *found, layout, ""))
+                return maker.program.graph.call_function(ROTARY, (maker.now(x), *(_table(maker, t, layout) for t in tables), layout, ""))
 
             return Site(node, (x,), build, frozenset((straight, turned, *inside)), frozenset(views))
     return None
@@ -197,11 +196,11 @@ def _is_table(node: Any, x: fx.Node) -> bool:
     return len(found) == 4 and found[0] in ("1", wanted[0]) and found[1] == "1" and found[2:] == wanted[2:]
 
 
-def _table(maker: Maker, node: fx.Node) -> fx.Node:
-    """Token-minor, once for all layers, each of which has its own unsqueeze."""
+def _table(maker: Maker, node: fx.Node, layout: str) -> fx.Node:
+    """In that layout, once for all layers, each of which has its own unsqueeze."""
     source = node.args[0] if node.target is aten.unsqueeze.default and node.args[1] in (1, -3) else None
     wide = node if not isinstance(source, fx.Node) else maker.once(source, aten.unsqueeze.default, 1)
-    return maker.once(wide, TOKENS, "")
+    return wide if layout == "row" else maker.once(wide, TOKENS, "")
 
 
 # ---- the cache

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,11 @@ def has_few(x: Any) -> bool:
         return False
     B, S = _hint(value.shape[0]), _hint(value.shape[-2])
     return B is not None and S is not None and S < TOKEN_TILE and B * S <= FEW
+
+
+def hints(sizes: Sequence[Any]) -> list[int | None]:
+    """What the sizes were in the capture. Caches that must be equally long may each have a size of its own there."""
+    return [_hint(size) for size in sizes]
 
 
 def _hint(size: Any) -> int | None:

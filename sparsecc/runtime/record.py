@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,15 +218,16 @@ class Made:
 
 @dataclass(frozen=True)
 class Replay:
-    """The calls of a recorded run. `inputs`, `outputs`: per tensor, what renews an address in the calls, and its distance from the
-    tensor's own."""
+    """The calls of a recorded run, and which of their arguments are other ones next time."""
 
     run: Callable[[], None]
-    inputs: list[list[Slot]]
-    outputs: list[list[Slot]]
+    write: Callable[[np.ndarray, np.ndarray], None]
+    """(positions of arguments, their new values)."""
+    addresses: np.ndarray
+    """int64 [3, n]: position, number of the input or output, distance from where it begins."""
+    lengths: np.ndarray
+    """int64 [3, n]: position, per and plus of what depends on the caches' length, see `Grown`."""
     made: list[Made]
-    lengths: list[tuple[Callable[[int], None], Grown]]
-    """What renews an argument that depends on the caches' length."""
     keep: Sequence[Any] = ()
     """Owners of memory that the calls know by its address alone."""
 
@@ -238,54 +239,58 @@ class Replay:
         storages = [t.untyped_storage().data_ptr() for t in (*inputs, *outputs)]
         if len(set(storages[len(inputs) :])) < len(outputs) or set(storages[: len(inputs)]) & set(storages[len(inputs) :]):
             return None
-        run, slots, lengths = _calls(recorder.calls)
+        run, write, slots = _calls(recorder.calls)
+        lengths = [(at, arg.per, arg.plus) for at, arg in slots if isinstance(arg, Grown)]
         if recorder.length and not lengths:
             return None
-        found = [_inside(slots, t) for t in (*inputs, *outputs)]
+        addresses = [
+            (at, i, (arg.value or 0) - t.data_ptr())
+            for i, t in enumerate((*inputs, *outputs))
+            for at, arg in slots
+            if isinstance(arg, c_void_p) and _inside(arg.value or 0, t)
+        ]
         longer = [recorder.grown.get(storage) for storage in storages[len(inputs) :]]
         facts = zip(outputs, longer, strict=True)
         made = [Made(t.untyped_storage().nbytes() // t.itemsize, t.dtype, tuple(t.shape), t.stride(), plus) for t, plus in facts]
-        return Replay(run, found[: len(inputs)], found[len(inputs) :], made, lengths, keep)
+        return Replay(run, write, _columns(addresses), _columns(lengths), made, keep)
 
     def __call__(self, inputs: Sequence[Tensor], into: Sequence[Tensor] = (), length: int = 0) -> list[Tensor]:
         """The outputs: new tensors, or those given, which must have the recorded sizes and strides. `length`: of the caches."""
         made = list(into) or [one.empty(length) for one in self.made]
-        for renew, argument in self.lengths:
-            renew(argument.per * length + argument.plus)
-        for tensor, slots in zip((*inputs, *made), (*self.inputs, *self.outputs), strict=True):
-            address = tensor.data_ptr()
-            for renew, distance in slots:
-                renew(address + distance)
+        starts = np.array([t.data_ptr() for t in (*inputs, *made)], np.int64)
+        at, number, distance = self.addresses
+        self.write(at, starts[number] + distance)
+        if self.lengths.size:
+            at, per, plus = self.lengths
+            self.write(at, per * length + plus)
         self.run()
         return made
 
 
-Slot = tuple[Callable[[int], None], int]
-Addresses = list[tuple[int, Callable[[int], None]]]
+def _columns(rows: list[tuple[int, int, int]]) -> np.ndarray:
+    return np.array(rows, np.int64).reshape(-1, 3).T.copy()
 
 
-Lengths = list[tuple[Callable[[int], None], Grown]]
-
-
-def _calls(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple[Callable[[], None], Addresses, Lengths]:
-    """What makes the calls, and every address among their arguments, and every length of caches, with what renews it. Only native calls
-    can have other lengths."""
+def _calls(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple[Callable[[], None], Any, list[tuple[int, Any]]]:
+    """What makes the calls, what renews their arguments, and the position of each that can be. Only native calls can have other lengths."""
     native = [(code, args) for code, args in calls if isinstance(code, Native)]
     if len(native) == len(calls):
         made = Calls(native)
-        slots = [(arg, partial(made.values.__setitem__, index)) for arg, index in Calls.slots(native)]
-        cells = [(arg.value or 0, renew) for arg, renew in slots if isinstance(arg, c_void_p)]
-        return made, cells, [(renew, arg) for arg, renew in slots if isinstance(arg, Grown)]
+        values = np.frombuffer(made.values, np.int64)
+        return made, values.__setitem__, [(at, arg) for arg, at in Calls.slots(native)]
+    cells = [arg for _, args in calls for arg in args if isinstance(arg, c_void_p)]
 
     def run() -> None:
         for code, args in calls:
             code(*args)
 
-    cells = [arg for _, args in calls for arg in args if isinstance(arg, c_void_p)]
-    return run, [(cell.value or 0, partial(setattr, cell, "value")) for cell in cells], []
+    def write(places: np.ndarray, values: np.ndarray) -> None:
+        for at, value in zip(places.tolist(), values.tolist(), strict=True):
+            cells[at].value = value
+
+    return run, write, list(enumerate(cells))
 
 
-def _inside(slots: Addresses, tensor: Tensor) -> list[Slot]:
+def _inside(address: int, tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
-    first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    return [(renew, value - tensor.data_ptr()) for value, renew in slots if first <= value < end]
+    return storage.data_ptr() <= address < storage.data_ptr() + storage.nbytes()

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsecc.codegen.tvm.attention_rows import attention_rows_source
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.codegen.tvm.rows import append_source, gate_rows_source, norm_rows_source, rotary_rows_source
+from sparsecc.errors import ShapeError
 from sparsecc.ir.token_ops import check_mask
 from sparsecc.runtime.between import number
 from sparsecc.runtime.few import DTYPES
@@ -99,6 +100,8 @@ class AttentionRows(RowKernel):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tiles: None, scale: float) -> Tensor:
         (B, H, S, D), (G, Sk) = q.shape, k.shape[1:3]
+        if v.shape != k.shape:
+            raise ShapeError(f"attention: keys are {list(k.shape)} but values {list(v.shape)}")
         y = output(B, S, H, D, dtype=q.dtype)
         if y.numel() == 0 or Sk == 0:
             return y.zero_().transpose(1, 2)
