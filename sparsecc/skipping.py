@@ -189,9 +189,9 @@ def matches(glob: str, names: Sequence[str]) -> bool:
     return any(fnmatchcase(end, glob) for end in ends)
 
 
-def level_of(rule: Neurons, name: str, count: int) -> Tensor | None:
-    """The thresholds of a block, f32[F] or f32[1]; None where its policy needs none. Raises SpecError on a wrong size."""
-    found = rule.levels.get(name)
+def level_of(levels: Mapping[str, Tensor], name: str, count: int) -> Tensor | None:
+    """The thresholds of a block or linear, f32[count] or f32[1]; None where it has none. Raises SpecError on a wrong size."""
+    found = levels.get(name)
     if found is not None:
         found = torch.as_tensor(found, dtype=torch.float32).detach().flatten()
         if found.numel() not in (1, count) or bool(found.isnan().any()):

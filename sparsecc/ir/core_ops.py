@@ -32,6 +32,7 @@ def core_prompt(
     Raises SelectionError for NaN activations.
     """
     gate, up, down = unbundle(weights, storage)
+    assert gate is not None
     a = ACTIVATIONS[activation].fn(F.linear(x, gate, biases[0]))
     if up is not None:
         a = a * F.linear(x, up, biases[1])

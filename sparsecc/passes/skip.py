@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sparsecc.errors import SpecError
+from sparsecc.inputs import Inputs
 from sparsecc.ir.infer import infer, value_of
 from sparsecc.ir.policy import Policy
 from sparsecc.ir.program import Program, Region
@@ -26,6 +27,7 @@ from sparsecc.names import Names
 from sparsecc.passes.blocks import Block, find_blocks
 from sparsecc.passes.context import Context
 from sparsecc.passes.ffn import Ffn, find_ffns
+from sparsecc.passes.inputs import input_linears, skip_inputs
 from sparsecc.passes.merge import merge_blocks
 from sparsecc.passes.pack import tokens_of
 from sparsecc.passes.route import Routes, counter, padding
@@ -58,6 +60,8 @@ class Skip:
         chosen = _blocks(program, tokens, blocks, loose + missed)
         rules = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Neurons)]
         picked = _ffns(program, rules, ffns, missed)
+        few = input_linears(program, [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Inputs)],
+                            {view.node for ffn, _ in picked for view in ffn.linears})
         merges = [(glob, rule) for glob, rule in spec.skips if isinstance(rule, Merge)]
         if merges and tokens:
             raise SpecError(f"{merges[0][0]!r} merges tokens and {tokens[0][0]!r} skips them: a model does one or the other")
@@ -69,6 +73,8 @@ class Skip:
         infer(program)
         for ffn, rule in picked:
             _replace_ffn(program, ffn, rule)
+        for one in few:
+            skip_inputs(program, *one)
 
 
 def blocks_under(program: Program, glob: str) -> list[Block]:
@@ -120,7 +126,7 @@ def nothing(program: Program, glob: str, what: str, names: list[str], missed: li
 def _replace_ffn(program: Program, ffn: Ffn, rule: Neurons) -> None:
     """One op for the block."""
     name, down = ffn.names[0], ffn.down.node
-    level = level_of(rule, name, ffn.width)
+    level = level_of(rule.levels, name, ffn.width)
     graph = program.graph
     const = None if level is None else program.add_const(f"{name}_levels", level)
     weights, biases = [view.params[0] for view in ffn.linears], [view.bias for view in ffn.linears]
