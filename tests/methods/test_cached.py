@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import sparsecc
+from sparsecc.errors import SelectionError, SpecError
 from sparsecc.methods.cached import Cached
-from tests.passes.routed import Oracle, batch, ftp_router, llama
+from tests.passes.routed import Oracle, batch, depth_router, depths, ftp_router, llama
 
 EAGER: dict[str, Any] = {"autotune": "none", "remainder": "eager"}
 SCHEDULE = [0.0, 0.5, 0.5, 0.9, 0.5, 0.0]
@@ -77,3 +78,62 @@ def test_a_learned_router(bias: float) -> None:
         _, keeps = Oracle(model, inputs).ftp(router, SCHEDULE)
         assert len({int(k.sum()) for k in keeps}) > 1
         check(decoder, model, inputs["input_ids"], keeps)
+
+
+DEPTHS: list[tuple[str, dict[str, Any]]] = [
+    ("threshold(0.5)", {}), ("ratio(0.5)", {"positions": "original", "scale": "block"}),
+    ("threshold(2.0)", {"scale": "none"}),  # blocks that skip every token of a prompt
+    ("threshold(0.5)", {"positions": "original", "keys": "all"}),
+]
+
+
+@pytest.mark.parametrize(("policy", "how"), [
+    DEPTHS[0], pytest.param(*DEPTHS[1], marks=pytest.mark.slow), DEPTHS[2], pytest.param(*DEPTHS[3], marks=pytest.mark.slow)])
+def test_mixture_of_depths(policy: str, how: dict[str, Any]) -> None:
+    """gamma-MoD's decode: every token in every block, the feed-forward branch scaled, the position that of the block's own keys."""
+    model, weight = llama(4), depth_router()
+    rule = sparsecc.mixture_of_depths(weight, policy, **how)
+    decoder = Cached(model, {"layers.[12]": rule}, {"input_ids": batch((29,))["input_ids"]}, **EAGER)
+    routers = [None, weight, weight, None]
+    compact, scale, keys = how.get("positions", "compact") == "compact", how.get("scale", "mlp"), how.get("keys", "kept")
+    for S in (37,) if policy == "threshold(2.0)" else (24, 37):
+        inputs = batch((S,))
+        oracle = Oracle(model, inputs, keys)
+        chosen = {"threshold(0.5)": lambda p: p > 0.5, "threshold(2.0)": lambda p: p > 2}.get(
+            policy, lambda p: p >= p.sort(descending=True).values[-(-len(p) // 2) - 1])
+        _, some = depths(oracle, routers, chosen, compact=compact, scale=scale)
+        every = torch.ones(1, S, dtype=torch.bool)
+        assert all(0 <= int(keep.sum()) < S for keep in some)
+        check(decoder, model, inputs["input_ids"], [every, *some, every], keys, routers=routers, compact=compact, scale=scale)
+
+
+@pytest.mark.slow
+def test_tokens_neurons_and_weights_compose() -> None:
+    model = llama(2)
+    sparsecc.prune(model, {"*.q_proj": "2:4"})
+    spec = {"*.q_proj": "2:4", "layers.*": sparsecc.ftp(0.5), "*.mlp": sparsecc.neurons(top=0.25)}
+    ids = batch((23,))["input_ids"]
+    ours, wanted = (Cached(model, spec, {"input_ids": ids}, target, **EAGER) for target in ("cpu", "reference"))
+    a, b = ours.prefill(input_ids=ids), wanted.prefill(input_ids=ids)
+    for token in (3, 1, 4):
+        assert torch.allclose(a.logits, b.logits, atol=2e-5) and [k.shape for k in a.keys] == [k.shape for k in b.keys]
+        a, b = (one.step(torch.tensor([[token]]), state) for one, state in ((ours, a), (wanted, b)))
+
+
+def test_what_cannot_be_is_refused_by_name() -> None:
+    model, ids = llama(2), batch((9, 9))["input_ids"]
+    rule = sparsecc.mixture_of_depths(depth_router(), "threshold(0.5)")
+    with pytest.raises(SelectionError, match="batch of 2 prompts"):
+        Cached(model, {"layers.*": rule}, {"input_ids": ids}, "reference", **EAGER)
+    with pytest.raises(SelectionError, match="one token"):
+        Cached(model, {"layers.*": rule}, {"input_ids": ids[:, :1]}, "reference", **EAGER)
+    with pytest.raises(SpecError, match="attention_mask: prompts come unpadded"):
+        Cached(model, {"layers.*": rule}, {"input_ids": ids, "attention_mask": ids}, "reference", **EAGER)
+    windowed = llama(2)
+    windowed.config.sliding_window = 8
+    with pytest.raises(SpecError, match="sliding window"):
+        Cached(windowed, {"layers.*": rule}, {"input_ids": ids}, "reference", **EAGER)
+    for make in (lambda: sparsecc.ftp(0.3, keys="some"), lambda: sparsecc.ftp(0.3, ftp_router(), keys="all"),
+                 lambda: sparsecc.ftp(0.3, positions="compact", keys="all")):  # fmt: skip
+        with pytest.raises(SpecError, match="keys"):
+            make()
