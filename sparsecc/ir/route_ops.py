@@ -134,7 +134,7 @@ def token_gate(h: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     """p f32[B, S] of h [B, S, D] or [B * S, D]: softmax(weight h)[1] for a weight [2, D], sigmoid(weight h) for [1, D].
 
     `like` [B, S, D] has the shape."""
-    return probability(F.linear(h, weight.to(h.dtype)).float()).reshape(like.shape[0], like.shape[1])
+    return probability(F.linear(h, weight.to(h.dtype)).float()).reshape(like.shape[0], like.shape[1]).contiguous()
 
 
 def token_gate_fake(h: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def trim_keys(x: Tensor, idx: Tensor) -> Tensor:
     sequence has another number."""
     if idx.shape[0] != 1:
         raise SelectionError(f"a batch of {idx.shape[0]} prompts, of which each keeps keys of another number of tokens: give one at a time")
-    return x[:, :, : int((idx >= 0).sum())].contiguous()
+    return x[:, :, : int((idx >= 0).sum())].clone(memory_format=torch.contiguous_format)
 
 
 def trim_keys_fake(x: Tensor, idx: Tensor) -> Tensor:

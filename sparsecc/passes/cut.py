@@ -94,6 +94,7 @@ class Cutter:
         for node in block.cache:
             with self.program.graph.inserting_after(node):
                 trimmed = self.program.graph.call_function(TRIM, (node, idx))
+            trimmed.meta["val"] = self.shorter.rows(value_of(node), f"{idx.name}_keys")
             output.replace_input_with(node, trimmed)
 
     def _shorten_queries(self, block: Block, swapped: dict[fx.Node, fx.Node], idx: fx.Node, count: fx.Node | None) -> None:

@@ -108,6 +108,38 @@ def test_mixture_of_depths(policy: str, how: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_the_dense_rest_by_inductor() -> None:
+    """A block that skips every token, one whose skipped tokens stay keys, one that a learned router cuts."""
+    model, router, ids = llama(4), ftp_router(), batch((31,))["input_ids"]
+    none = sparsecc.mixture_of_depths(depth_router(), "threshold(2.0)", scale="none", positions="original")
+    spec = {"layers.0": sparsecc.ftp(0.4, router), "layers.1": none, "layers.2": sparsecc.ftp(0.5, keys="all")}
+    decoder = Cached(model, spec, {"input_ids": ids}, autotune="none", remainder="inductor")
+    for S in (31, 44):
+        inputs = batch((S,))
+        _, keeps = Oracle(model, inputs).ftp(router, [0.4, 0.0, 0.0, 0.0])
+        some = [keeps[0], torch.zeros(1, S, dtype=torch.bool), torch.ones(1, S, dtype=torch.bool), torch.ones(1, S, dtype=torch.bool)]
+        state = decoder.prefill(input_ids=inputs["input_ids"])
+        assert [k.shape[2] for k in state.keys] == [int(k.sum()) for k in some]
+        after = torch.tensor([[3, 1, 4]])
+        wanted = mixed(model, torch.cat([inputs["input_ids"], after], 1), some, static(S, 0.5))
+        assert torch.allclose(state.logits[0, 0], wanted[0, S - 1], atol=2e-5)
+        for t in range(3):
+            state = decoder.step(after[:, t : t + 1], state)
+            assert torch.allclose(state.logits[0, 0], wanted[0, S + t], atol=2e-5)
+
+
+def mixed(model: Any, ids: Tensor, keeps: list[Tensor], queries: Tensor) -> Tensor:
+    """As `dense`, but block 2 skips others than `queries` that stay keys."""
+    kept, whole = Oracle(model, {"input_ids": ids}), Oracle(model, {"input_ids": ids}, "all")
+    x = model.model.embed_tokens(ids)
+    for i, (layer, keep) in enumerate(zip(model.model.layers, keeps, strict=True)):
+        some = queries if i == 2 else keep
+        some = torch.cat([some, torch.ones(1, ids.shape[1] - some.shape[1], dtype=torch.bool)], 1)
+        x = (whole if i == 2 else kept).block(layer, x, some)
+    return kept.finish(x)
+
+
+@pytest.mark.slow
 def test_tokens_neurons_and_weights_compose() -> None:
     model = llama(2)
     sparsecc.prune(model, {"*.q_proj": "2:4"})
