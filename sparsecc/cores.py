@@ -113,7 +113,8 @@ def core_matching(
     if positions not in ("original", "compact"):
         raise SpecError(f"core_matching(positions={positions!r}): use 'original' or 'compact'")
     places = RELEASED_IMAGE if compat and candidates is None else _candidates(candidates)
-    return Cores(float(rho), float(beta), layer, places, str(Policy(policy.name, policy.value)), positions, compat, tuple(layers))
+    return Cores(float(rho), float(beta), layer, places, str(Policy(policy.name, policy.value)), positions, compat,
+                 (layers[0], layers[1]))  # fmt: skip
 
 
 def _candidates(value: Any) -> int | tuple[int, int] | None:
