@@ -14,8 +14,9 @@ from sparsecc.methods.cached import Cached
 from tests.passes.routed import Oracle, batch, depth_router, depths, ftp_router, llama
 
 EAGER: dict[str, Any] = {"autotune": "none", "remainder": "eager"}
-SCHEDULE = [0.0, 0.5, 0.5, 0.9, 0.5, 0.0]
+SCHEDULE = [0.5, 0.9, 0.5]
 COUNT = 8
+SLOW = pytest.mark.slow
 
 
 def static(S: int, fraction: float, B: int = 1) -> Tensor:
@@ -56,9 +57,9 @@ def check(decoder: Cached, model: Any, ids: Tensor, keeps: list[Tensor], keys: s
     assert torch.equal(decoder.generate(COUNT, input_ids=ids), all_ids[:, S : S + COUNT])
 
 
-@pytest.mark.parametrize("keys", ["kept", "all"])
+@pytest.mark.parametrize("keys", ["kept", pytest.param("all", marks=SLOW)])
 def test_a_schedule_with_a_batch(keys: str) -> None:
-    model, schedule = llama(4), [0.0, 0.5, 0.9, 0.3]
+    model, schedule = llama(3), [0.5, 0.0, 0.9]
     spec = {"layers.*": sparsecc.ftp(schedule, keys=keys)}
     decoder = Cached(model, spec, {"input_ids": batch((33, 33))["input_ids"]}, **EAGER)
     for S in (41, 2):
@@ -68,15 +69,15 @@ def test_a_schedule_with_a_batch(keys: str) -> None:
     assert ("are keys" if keys == "all" else "are no keys") in str(decoder.prompt.explain())
 
 
-@pytest.mark.parametrize("bias", [0.0, pytest.param(-1e3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bias", [0.0, pytest.param(-1e3, marks=SLOW)])
 def test_a_learned_router(bias: float) -> None:
     """Also where it keeps the protected tokens alone."""
-    model, router = llama(), ftp_router(bias=bias)
+    model, router = llama(3), ftp_router(bias=bias)
     decoder = Cached(model, {"layers.*": sparsecc.ftp(SCHEDULE, router)}, {"input_ids": batch((97,))["input_ids"]}, **EAGER)
     for S in (61,) if bias else (97, 40):
         inputs = batch((S,))
         _, keeps = Oracle(model, inputs).ftp(router, SCHEDULE)
-        assert len({int(k.sum()) for k in keeps}) > 1
+        assert len({int(k.sum()) for k in keeps}) > (not bias)
         check(decoder, model, inputs["input_ids"], keeps)
 
 
@@ -88,13 +89,13 @@ DEPTHS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("policy", "how"), [
-    DEPTHS[0], pytest.param(*DEPTHS[1], marks=pytest.mark.slow), DEPTHS[2], pytest.param(*DEPTHS[3], marks=pytest.mark.slow)])
+    DEPTHS[0], pytest.param(*DEPTHS[1], marks=SLOW), DEPTHS[2], pytest.param(*DEPTHS[3], marks=SLOW)])
 def test_mixture_of_depths(policy: str, how: dict[str, Any]) -> None:
     """gamma-MoD's decode: every token in every block, the feed-forward branch scaled, the position that of the block's own keys."""
-    model, weight = llama(4), depth_router()
+    model, weight = llama(3), depth_router()
     rule = sparsecc.mixture_of_depths(weight, policy, **how)
-    decoder = Cached(model, {"layers.[12]": rule}, {"input_ids": batch((29,))["input_ids"]}, **EAGER)
-    routers = [None, weight, weight, None]
+    decoder = Cached(model, {"layers.[01]": rule}, {"input_ids": batch((29,))["input_ids"]}, **EAGER)
+    routers = [weight, weight, None]
     compact, scale, keys = how.get("positions", "compact") == "compact", how.get("scale", "mlp"), how.get("keys", "kept")
     for S in (37,) if policy == "threshold(2.0)" else (24, 37):
         inputs = batch((S,))
@@ -104,10 +105,10 @@ def test_mixture_of_depths(policy: str, how: dict[str, Any]) -> None:
         _, some = depths(oracle, routers, chosen, compact=compact, scale=scale)
         every = torch.ones(1, S, dtype=torch.bool)
         assert all(0 <= int(keep.sum()) < S for keep in some)
-        check(decoder, model, inputs["input_ids"], [every, *some, every], keys, routers=routers, compact=compact, scale=scale)
+        check(decoder, model, inputs["input_ids"], [*some, every], keys, routers=routers, compact=compact, scale=scale)
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_dense_rest_by_inductor() -> None:
     """A block that skips every token, one whose skipped tokens stay keys, one that a learned router cuts."""
     model, router, ids = llama(4), ftp_router(), batch((31,))["input_ids"]
@@ -139,7 +140,7 @@ def mixed(model: Any, ids: Tensor, keeps: list[Tensor], queries: Tensor) -> Tens
     return kept.finish(x)
 
 
-@pytest.mark.slow
+@SLOW
 def test_tokens_neurons_and_weights_compose() -> None:
     model = llama(2)
     sparsecc.prune(model, {"*.q_proj": "2:4"})
