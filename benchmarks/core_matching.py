@@ -25,7 +25,8 @@ from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.ir.core_ops import core_scores, core_tokens
 from sparsecc.ir.skip_ops import select
-from sparsecc.methods.core_matching import CoreMatching, Prompt, State, Token
+from sparsecc.methods.cached import Prompt, State, Token
+from sparsecc.methods.core_matching import CoreMatching
 from sparsecc.runtime.cores import CoreCounts
 
 SHAPE: dict[str, int] = {"hidden": 1024, "ffn": 5504, "layers": 10, "heads": 8, "kv_heads": 2, "grid": 24}

@@ -18,6 +18,7 @@ from sparsecc.errors import (
     VerifyError,
 )
 from sparsecc.formats import ANY, block, channels, cols, heads, nm, rows, unstructured
+from sparsecc.inputs import Inputs, inputs
 from sparsecc.merging import Merge, merge
 from sparsecc.prune import Coupled, PruneReport, flops, latency, prune, slicegpt
 from sparsecc.runtime.module import CompiledModule
@@ -26,8 +27,8 @@ from sparsecc.spec import SparsitySpec, options
 
 __version__ = "0.1.0"
 __all__ = [
-    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Cores", "Coupled", "FormatError", "Merge", "Neurons", "PatternViolation",
-    "PruneReport", "SelectionError", "ShapeError", "SparseccError", "SparsitySpec", "SpecError", "TargetError", "TextError", "Tokens",
-    "VerifyError", "block", "channels", "cols", "compile", "core_matching", "flops", "ftp", "heads", "latency", "merge",
-    "mixture_of_depths", "neurons", "nm", "options", "prune", "rows", "slicegpt", "unstructured",
+    "ANY", "CaptureError", "CheckpointError", "CompiledModule", "Cores", "Coupled", "FormatError", "Inputs", "Merge", "Neurons",
+    "PatternViolation", "PruneReport", "SelectionError", "ShapeError", "SparseccError", "SparsitySpec", "SpecError", "TargetError",
+    "TextError", "Tokens", "VerifyError", "block", "channels", "cols", "compile", "core_matching", "flops", "ftp", "heads", "inputs",
+    "latency", "merge", "mixture_of_depths", "neurons", "nm", "options", "prune", "rows", "slicegpt", "unstructured",
 ]

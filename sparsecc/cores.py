@@ -12,6 +12,9 @@ from sparsecc.errors import SpecError
 from sparsecc.ir.policy import Policy, parse_policy, ratio_of
 
 KEEPS = ("knee", "all", "topk", "ratio", "atleast", "threshold")
+COMPATS = ("", "release")
+RELEASED_IMAGE, RELEASED_LAYERS = (5, 581), (5, 18)
+"""LLaVA-1.5's places of image tokens, and the blocks from the first to the last one, as the authors' release has them."""
 
 
 @dataclass
@@ -44,10 +47,14 @@ class Cores:
     candidates: int | tuple[int, int] | None = None
     tokens: str = "knee"
     positions: str = "original"
+    compat: str = ""
+    layers: tuple[int, int] = RELEASED_LAYERS
     sets: dict[str, Tensor] = field(default_factory=dict, compare=False, hash=False)
     seen: Kept = field(default_factory=Kept, compare=False, hash=False)
 
     def __str__(self) -> str:
+        if self.compat:
+            return f"core_matching(compat={self.compat!r}, layers={self.layers}, candidates={self.candidates})"
         where = {} if self.candidates is None else {"candidates": self.candidates}
         tokens = {} if self.tokens == "knee" else {"tokens": self.tokens}
         more = where | tokens | ({} if self.positions == "original" else {"positions": self.positions})
@@ -74,7 +81,7 @@ class Cores:
 
 def core_matching(
     rho: float = 0.2, beta: float = 0.4, layer: int = 2, *, candidates: int | tuple[int, int] | None = None, tokens: str = "knee",
-    positions: str = "original",
+    positions: str = "original", compat: str = "", layers: tuple[int, int] = RELEASED_LAYERS,
 ) -> Cores:
     """Core neurons for generated tokens, core tokens for a prompt's image (CoreMatching, Wang et al. 2025). A value of a sparsity dict.
 
@@ -85,8 +92,17 @@ def core_matching(
     candidates: the tokens that may leave: None for those that image features are scattered into, a token id, or a span (start, end). All
     others stay, as does the last one. tokens: the policy on the scores, "knee", "all", "topk(64)", "ratio(0.1)", ... (`ir/policy.py`).
     positions: "original" or "compact", as in `ftp`. One request at a time: a new prompt replaces the sets.
-    Raises SpecError.
+
+    compat="release" is what the authors' code does instead, to compare with (`passes/release.py`): nothing is skipped, in blocks from
+    the first to the last one of `layers` keys and values of image tokens become zero in the cache. rho, beta and layer count for nothing,
+    image tokens are at the places of LLaVA-1.5's unless `candidates` says otherwise. Raises SpecError.
     """
+    if compat not in COMPATS:
+        raise SpecError(f"core_matching(compat={compat!r}): use 'release', or leave it out")
+    if compat and (tokens, positions) != ("knee", "original"):
+        raise SpecError("core_matching(compat='release') keeps tokens by the knee, at their places: leave tokens= and positions= out")
+    if len(layers) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in layers) or not 0 <= layers[0] <= layers[1]:
+        raise SpecError(f"core_matching(layers={layers!r}): the first and the last block whose cache changes, from 0 on")
     for name, value in (("rho", rho), ("beta", beta)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
             raise SpecError(f"core_matching({name}={value!r}): a fraction in (0, 1]")
@@ -96,7 +112,9 @@ def core_matching(
         raise SpecError(f"core_matching(tokens={tokens!r}): use {', '.join(KEEPS)}")
     if positions not in ("original", "compact"):
         raise SpecError(f"core_matching(positions={positions!r}): use 'original' or 'compact'")
-    return Cores(float(rho), float(beta), layer, _candidates(candidates), str(Policy(policy.name, policy.value)), positions)
+    places = RELEASED_IMAGE if compat and candidates is None else _candidates(candidates)
+    return Cores(float(rho), float(beta), layer, places, str(Policy(policy.name, policy.value)), positions, compat,
+                 (layers[0], layers[1]))  # fmt: skip
 
 
 def _candidates(value: Any) -> int | tuple[int, int] | None:

@@ -49,7 +49,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which tokens a transformer block is run on; all others pass it unchanged and are no keys in it.
+    """Which tokens a transformer block is run on; all others pass it unchanged.
 
     schedule: the fraction that each recognised block under the glob skips, in program order, in [0, 1); one number for all of them.
     router: "static" keeps the first token and the latest ones; the others are learned.
@@ -57,6 +57,8 @@ class Tokens:
     policy: of the router's scores; None keeps what the schedule says, and an empty schedule leaves everything to the policy.
     scale: what is multiplied by the router's probability, "mlp", "block" (what the block adds) or "none".
     span: tokens first:end, a slice, that compete; the others are always kept.
+    keys: "kept" (skipped tokens are no keys in the block, and write none into its KV cache) or "all" (they are, and do).
+    cached: keys and values are outputs of the graph, see `methods/cached.py`; tokens after a prompt go through every block.
     """
 
     schedule: tuple[float, ...]
@@ -65,12 +67,15 @@ class Tokens:
     policy: Policy | None = None
     scale: str = "none"
     span: tuple[int | None, int | None] | None = None
+    keys: str = "kept"
+    cached: bool = False
 
     def __str__(self) -> str:
+        keys = "" if self.keys == "kept" else ", all keys"
         if isinstance(self.router, DepthRouter):
             scaled = "" if self.scale == "none" else f", {self.scale} scaled"
-            return f"mixture_of_depths({self.policy}, {self.router}, {self.positions}{scaled})"
-        return f"ftp({list(self.schedule)}, {self.router}{f', {self.policy}' if self.policy else ''}, {self.positions})"
+            return f"mixture_of_depths({self.policy}, {self.router}, {self.positions}{scaled}{keys})"
+        return f"ftp({list(self.schedule)}, {self.router}{f', {self.policy}' if self.policy else ''}, {self.positions}{keys})"
 
     @property
     def by_scores(self) -> bool:
@@ -129,13 +134,14 @@ def neurons(
 
 def ftp(
     schedule: Sequence[float] | float | None = None, router: str | Path | Mapping[str, Tensor] | TokenRouter = "static",
-    positions: str = "original", policy: str | None = None,
+    positions: str = "original", policy: str | None = None, keys: str = "kept",
 ) -> Tokens:
     """Token skipping by a schedule (FTP: fine-grained token-wise pruning, AMD 2024), for the values of a sparsity dict.
 
     schedule: the fraction of tokens that each block skips, one number for all or one per block, each in [0, 1); None is the checkpoint's.
     router: "static", or a learned one, see `routing.token_router`. policy: of a learned router's probabilities, "threshold(0.5)" unless
-    given; "schedule" keeps exactly as many as the schedule says. Blocks that skip 0 are left whole. Raises SpecError.
+    given; "schedule" keeps exactly as many as the schedule says. keys: see `Tokens`; a learned router ranks tokens by what they are paid
+    as keys, and takes "kept". Blocks that skip 0 are left whole. Raises SpecError.
     """
     if isinstance(router, str) and router != "static" and not Path(router).is_file():
         raise SpecError(f"ftp(router={router!r}): the router is {' or '.join(map(repr, ROUTERS))}, a file or a dict of tensors")
@@ -152,9 +158,11 @@ def ftp(
             raise SpecError(f"ftp: schedule[{i}] = {value} lies outside [0, 1): it is the fraction of tokens that the block skips")
     if learned is None and policy not in (None, "schedule"):
         raise SpecError(f"ftp(policy={policy!r}): policies judge scores, which a learned router gives; the static one follows its schedule")
-    _check_positions("ftp", positions)
+    _check_positions("ftp", positions, keys)
     if learned is None:
-        return Tokens(values, "static", positions)
+        return Tokens(values, "static", positions, keys=keys)
+    if keys != "kept":
+        raise SpecError(f"ftp(keys={keys!r}): with a learned router skipped tokens are no keys, use 'kept'")
     found = None if policy == "schedule" else token_policy(policy or "threshold(0.5)", "ftp(policy=...)")
     return Tokens(values, learned, positions, found)
 
@@ -162,25 +170,30 @@ def ftp(
 def mixture_of_depths(
     router: str | Path | Tensor | Mapping[str, Tensor], policy: str = "threshold(0.005)", scale: Literal["mlp", "block", "none"] = "mlp",
     positions: str = "compact", span: tuple[int | None, int | None] | None = None, reads: Literal["norm", "stream"] = "norm",
+    keys: str = "kept",
 ) -> Tokens:
     """Blocks on the tokens that a router picks (Raposo et al. 2024; the defaults are gamma-MoD's, Luo et al. 2024), for a sparsity dict.
 
     router: see `routing.depth_router`. policy: of its probabilities, see `ir/policy.py`. scale: what the probability multiplies, the
     feed-forward branch, all that the block adds, or nothing. span: tokens first:end, a slice, that compete; others, such as text around an
-    image, are always kept. reads: what the router is applied to. Raises SpecError.
+    image, are always kept. reads: what the router is applied to. keys: see `Tokens`. Raises SpecError.
     """
     if scale not in ("mlp", "block", "none"):
         raise SpecError(f"mixture_of_depths(scale={scale!r}): use 'mlp', 'block' or 'none'")
     if span is not None and (len(span) != 2 or not all(v is None or (isinstance(v, int) and not isinstance(v, bool)) for v in span)):
         raise SpecError(f"mixture_of_depths(span={span!r}): give the first token that competes and the end, as of a slice")
-    _check_positions("mixture_of_depths", positions)
+    _check_positions("mixture_of_depths", positions, keys)
     found = token_policy(policy, "mixture_of_depths(policy=...)")
-    return Tokens((), depth_router(router, reads), positions, found, scale, None if span is None else (span[0], span[1]))
+    return Tokens((), depth_router(router, reads), positions, found, scale, None if span is None else (span[0], span[1]), keys)
 
 
-def _check_positions(what: str, positions: str) -> None:
+def _check_positions(what: str, positions: str, keys: str) -> None:
+    if keys not in ("kept", "all"):
+        raise SpecError(f"{what}(keys={keys!r}): use 'kept' or 'all'")
     if positions not in ("original", "compact"):
         raise SpecError(f"{what}(positions={positions!r}): use 'original' or 'compact'")
+    if (keys, positions) == ("all", "compact"):
+        raise SpecError(f"{what}(keys='all'): keys of all tokens lie at their places in the sequence, use positions='original'")
 
 
 def matches(glob: str, names: Sequence[str]) -> bool:
@@ -189,9 +202,9 @@ def matches(glob: str, names: Sequence[str]) -> bool:
     return any(fnmatchcase(end, glob) for end in ends)
 
 
-def level_of(rule: Neurons, name: str, count: int) -> Tensor | None:
-    """The thresholds of a block, f32[F] or f32[1]; None where its policy needs none. Raises SpecError on a wrong size."""
-    found = rule.levels.get(name)
+def level_of(levels: Mapping[str, Tensor], name: str, count: int) -> Tensor | None:
+    """The thresholds of a block or linear, f32[count] or f32[1]; None where it has none. Raises SpecError on a wrong size."""
+    found = levels.get(name)
     if found is not None:
         found = torch.as_tensor(found, dtype=torch.float32).detach().flatten()
         if found.numel() not in (1, count) or bool(found.isnan().any()):

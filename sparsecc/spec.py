@@ -12,6 +12,7 @@ from .cores import Cores
 from .errors import SpecError
 from .formats.codec import Raw
 from .formats.pattern import Pattern, parse_pattern
+from .inputs import Inputs
 from .merging import Merge
 from .skipping import Neurons, Tokens
 
@@ -54,7 +55,7 @@ class Rule:
 DETECT = Rule()
 
 RuleLike = Rule | Pattern | str | None
-AtRunTime = Neurons | Tokens | Merge | Cores
+AtRunTime = Neurons | Inputs | Tokens | Merge | Cores
 SpecLike = Union["SparsitySpec", RuleLike, AtRunTime, Mapping[str, RuleLike | AtRunTime]]
 
 

@@ -3,6 +3,7 @@
     core_prompt(x, weights, ..., kept)       a feed-forward block; writes its core neurons           [B, S, D] -> [B, S, D], i32[B, S]
     core_tokens(scores, candidates, policy)  which tokens stay                                       i32[B, S] -> i32[B, S], i32[B]
     shrink(idx, count)                       as many indices as there are                            i32[B, S] -> i32[B, n]
+    core_released(a, candidates, reference)  the same as the authors' release has it                 [B, S, F] -> bool[B, S]
     span(x, start, end)                      places of a span                                        [B, S, ...] -> bool[B, S]
 
 A token's core neurons are the largest rho of its positive activations, a sentence's those that most tokens have; a token's score is how
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sparsecc.errors import SelectionError
 from sparsecc.ir.ops import ACTIVATIONS, KERNELS
-from sparsecc.ir.policy import parse_policy
+from sparsecc.ir.policy import knee, parse_policy
 from sparsecc.ir.skip_ops import _define, neurons_fake, request_scores, select, unbundle
 
 
@@ -32,6 +33,7 @@ def core_prompt(
     Raises SelectionError for NaN activations.
     """
     gate, up, down = unbundle(weights, storage)
+    assert gate is not None
     a = ACTIVATIONS[activation].fn(F.linear(x, gate, biases[0]))
     if up is not None:
         a = a * F.linear(x, up, biases[1])
@@ -86,6 +88,37 @@ def core_tokens_fake(scores: Tensor, candidates: Tensor, policy: str, kernel: st
     return torch.empty_like(scores), scores.new_empty(scores.shape[:1])
 
 
+def core_released(a: Tensor, candidates: Tensor, reference: int, kernel: str) -> Tensor:
+    """bool[1, S]: tokens that the authors' released code keeps: those that are no candidates, and those that share more positive
+    activations a [1, S, F] (or [S, F]) with token `reference` (from the end if negative) than the one at the knee.
+
+    candidates bool[1, S]. Raises SelectionError for a batch, a prompt without candidates or that token, NaN activations.
+    """
+    if candidates.shape[0] != 1:
+        raise SelectionError(f"core_released: a batch of {candidates.shape[0]} prompts: give one at a time")
+    S = candidates.shape[1]
+    active = a.reshape(S, -1)
+    at = candidates[0].nonzero().flatten()
+    if not -S <= reference < S or not at.numel():
+        images = f"{at.numel()} of them an image's"
+        raise SelectionError(f"core_released: a prompt of {S} tokens, {images}, has none of these or no token {reference} to compare with")
+    if bool(active.isnan().any()):
+        raise SelectionError("the prompt gives NaN activations, by which no tokens can be chosen")
+    scores = (active.index_select(0, at)[:, active[reference] > 0] > 0).sum(-1)
+    kept = scores > knee(scores)
+    keep = ~candidates[0]
+    keep[at] = kept
+    fn: Any = KERNELS.get(kernel)
+    if fn is not None:  # counts for the explanation
+        fn(keep.nonzero().flatten(), S - at.numel(), at.numel())
+    return keep[None]
+
+
+def core_released_fake(a: Tensor, candidates: Tensor, reference: int, kernel: str) -> Tensor:
+    """Shape and dtype of the result."""
+    return torch.empty_like(candidates)
+
+
 def span(x: Tensor, start: int, end: int) -> Tensor:
     """bool[B, S] for x [B, S, ...]: the places from `start` up to `end`. Raises SelectionError where they reach past the last one."""
     B, S = x.shape[:2]
@@ -118,6 +151,7 @@ PROMPT = _define(
 )  # fmt: skip
 CORE_TOKENS = _define("core_tokens", "(Tensor scores, Tensor candidates, str policy, str kernel) -> (Tensor, Tensor)", core_tokens,
                       core_tokens_fake)  # fmt: skip
+RELEASED = _define("core_released", "(Tensor a, Tensor candidates, int reference, str kernel) -> Tensor", core_released, core_released_fake)
 SPAN = _define("span", "(Tensor x, int start, int end) -> Tensor", span, span_fake)
 SHRINK = _define("shrink", "(Tensor idx, Tensor count) -> Tensor", shrink, shrink_fake)
 """The overloads that stand in graphs."""

@@ -8,6 +8,8 @@
     gather_kept(x, idx, dims)             their rows
     hide_keys(mask, idx)                  the mask of an attention among them
     scatter_kept(x, idx, y)               x with their rows replaced
+    earlier(idx, x)                       the keys of all tokens that kept ones see        i32[B, K] -> bool[B, 1, K, S]
+    trim_keys(x, idx)                     keys without those that stand for nothing        [1, G, K, D] -> [1, G, n, D]
 
 Scores of tokens are probabilities or anything else that is finite; +inf stands for a token that is kept whatever the policy says, -inf for
 padding, which no policy keeps. Rows of a batch may keep different numbers of tokens: `idx` has the largest of them, rounded up to whole
@@ -132,7 +134,7 @@ def token_gate(h: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     """p f32[B, S] of h [B, S, D] or [B * S, D]: softmax(weight h)[1] for a weight [2, D], sigmoid(weight h) for [1, D].
 
     `like` [B, S, D] has the shape."""
-    return probability(F.linear(h, weight.to(h.dtype)).float()).reshape(like.shape[0], like.shape[1])
+    return probability(F.linear(h, weight.to(h.dtype)).float()).reshape(like.shape[0], like.shape[1]).contiguous()
 
 
 def token_gate_fake(h: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -231,6 +233,29 @@ def scatter_kept_fake(x: Tensor, idx: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def earlier(idx: Tensor, x: Tensor) -> Tensor:
+    """bool[B, 1, K, S]: which tokens of x [B, S, ...] causal queries idx i32[B, K] see, those up to them."""
+    return idx.clamp_min(0)[:, None, :, None] >= torch.arange(x.shape[1], device=x.device)
+
+
+def earlier_fake(idx: Tensor, x: Tensor) -> Tensor:
+    """Shape and dtype of the result."""
+    return idx.new_empty((idx.shape[0], 1, idx.shape[1], x.shape[1]), dtype=torch.bool)
+
+
+def trim_keys(x: Tensor, idx: Tensor) -> Tensor:
+    """x [1, G, K, D] without the rows where idx i32[1, K] is -1, which may be all. Raises SelectionError for a batch, of which each
+    sequence has another number."""
+    if idx.shape[0] != 1:
+        raise SelectionError(f"a batch of {idx.shape[0]} prompts, of which each keeps keys of another number of tokens: give one at a time")
+    return x[:, :, : int((idx >= 0).sum())].clone(memory_format=torch.contiguous_format)
+
+
+def trim_keys_fake(x: Tensor, idx: Tensor) -> Tensor:
+    """A size of its own."""
+    return x.new_empty((*x.shape[:2], torch.library.get_ctx().new_dynamic_size(min=0), x.shape[3]))
+
+
 def _define(name: str, schema: str, meaning: Any, fake: Any) -> Any:
     LIBRARY.define(f"{name}{schema}", tags=TAGS)
     LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
@@ -246,4 +271,6 @@ KEEP = _define("keep", "(Tensor scores, str policy, str seen) -> (Tensor, Tensor
 GATHER_KEPT = _define("gather_kept", "(Tensor x, Tensor idx, int[] dims) -> Tensor", gather_kept, gather_tokens_fake)
 HIDE_KEYS = _define("hide_keys", "(Tensor? mask, Tensor idx) -> Tensor", hide_keys, hide_keys_fake)
 SCATTER_KEPT = _define("scatter_kept", "(Tensor x, Tensor idx, Tensor y) -> Tensor", scatter_kept, scatter_kept_fake)
+EARLIER = _define("earlier", "(Tensor idx, Tensor x) -> Tensor", earlier, earlier_fake)
+TRIM = _define("trim_keys", "(Tensor x, Tensor idx) -> Tensor", trim_keys, trim_keys_fake)
 """The overloads that stand in graphs."""

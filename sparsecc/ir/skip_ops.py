@@ -2,6 +2,7 @@
 
     select(scores, policy)                which entries of each row are kept       [..., n] -> i32[..., cap], i32[...]
     neurons(x, gate, up, down, ...)       a feed-forward block on active neurons   [..., D] -> [..., D]
+                                          or, without a gate, a linear on active inputs
     request_neurons(x, ..., kept, ...)    the same on neurons that the prompt chose, which stand in `kept`
     recency(x, mask)                      scores: the first token, then the latest [B, S, D] -> i64[B, S]
     gather_tokens(x, idx, dims)           rows of kept tokens                      [B or 1, ..., S, ...] -> [B, ..., K, ...]
@@ -78,11 +79,11 @@ def neurons(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], level: Tensor | None,
     storage: str, activation: str, select: str, kernel: str,
 ) -> Tensor:
-    """y = down (active(gate x + b) * (up x + b)) + b, or without up.
+    """y = down (active(gate x + b) * (up x + b)) + b, or without up, or y = down active(x) + b: a linear on its active inputs alone.
 
-    x [..., D]. `storage` "rows": weights are gate [F, D], (up [F, D],) down [D, F], biases one for each, or None. "bundle": gate [F, D] and
-    [F, rows, D] with a neuron's row of up, if there is one, and column of down, perhaps the two tensors of a sketch (`runtime/neurons`),
-    which changes no value; biases as before.
+    x [..., D], or [..., F] without a gate. `storage` "rows": weights are (gate [F, D], (up [F, D],)) down [D, F], biases one for each or
+    None. "bundle": (gate [F, D] and) [F, rows, D] with a neuron's row of up, if there is one, and column of down, perhaps the two
+    tensors of a sketch (`runtime/neurons`), which changes no value; biases as before.
     """
     fn: Any = KERNELS.get(kernel)
     if fn is not None:
@@ -97,20 +98,21 @@ def masked_dense(
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     gate, up, down = (None if t is None else t.to(compute) for t in unbundle(weights, storage))
     bias = [None if b is None else b.to(compute) for b in biases]
-    assert gate is not None and down is not None
+    assert down is not None
     wide = x.to(compute)
-    a = active(F.linear(wide, gate, bias[0]), activation, select, level)
+    a = active(wide if gate is None else F.linear(wide, gate, bias[0]), activation, select, level)
     if up is not None:
         a = a * F.linear(wide, up, bias[1])
     return F.linear(a, down, bias[-1]).to(x.dtype)
 
 
-def unbundle(weights: Sequence[Tensor], storage: str) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(gate [F, D], up [F, D] or None, down [D, F]), as views."""
+def unbundle(weights: Sequence[Tensor], storage: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(gate [F, D] or None, up [F, D] or None, down [D, F]), as views."""
+    gate = weights[0] if len(weights) > 1 else None
     if storage == "rows":
-        return (weights[0], weights[1] if len(weights) == 3 else None, weights[-1])
-    bundle = weights[1]
-    return weights[0], bundle[:, 0] if bundle.shape[1] == 2 else None, bundle[:, -1].t()
+        return gate, weights[1] if len(weights) == 3 else None, weights[-1]
+    bundle = weights[0 if gate is None else 1]
+    return gate, bundle[:, 0] if bundle.shape[1] == 2 else None, bundle[:, -1].t()
 
 
 def neurons_fake(
@@ -119,7 +121,7 @@ def neurons_fake(
 ) -> Tensor:
     """Shape and dtype of the result. Raises ShapeError for weights that do not fit each other."""
     gate, up, down = unbundle(weights, storage)
-    n, d = gate.shape
+    n, d = (down.shape[1],) * 2 if gate is None else gate.shape
     if x.shape[-1] != d or down.shape[1] != n or (up is not None and tuple(up.shape) != (n, d)):
         raise ShapeError(f"neurons: x {list(x.shape)}, weights {[list(w.shape) for w in weights]} stored as {storage!r} do not fit")
     return x.new_empty((*x.shape[:-1], down.shape[0]))
@@ -158,6 +160,7 @@ def request_neurons(
     neurons, or all of them while `kept` holds -1.
     """
     gate, up, down = unbundle(weights, storage)
+    assert gate is not None
     if x.ndim < 2 or x.shape[-2] == 1:
         fn: Any = KERNELS.get(kernel)
         if fn is not None:

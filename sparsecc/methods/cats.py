@@ -2,7 +2,7 @@
 
 CATS (Lee et al. 2024): one threshold per block, the `sparsity` quantile of |a|, a = act(gate x).
 CHESS (He et al. 2024): one per neuron. A neuron matters by a^2 E[up^2]; with tau the `sparsity` quantile of that over tokens and neurons,
-neuron j is kept iff |a_j| > sqrt(tau / E[up_j^2]). Their thresholds on the inputs of attention are not part of this.
+neuron j is kept iff |a_j| > sqrt(tau / E[up_j^2]). Thresholds on the inputs of attention: `methods/chess.py`.
 """
 
 from __future__ import annotations

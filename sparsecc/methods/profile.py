@@ -5,7 +5,7 @@ The blocks are found by `passes/ffn.py`, so this needs no module names and serve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from sparsecc.capture import capture
 from sparsecc.errors import SpecError
+from sparsecc.ir.program import Program
 from sparsecc.passes.canonicalize import Canonicalize
 from sparsecc.passes.ffn import Ffn, find_ffns
 from sparsecc.passes.manager import run_passes
@@ -33,11 +34,29 @@ class Batch:
 
 
 def activations(model: nn.Module, data: Iterable[Any]) -> Iterator[Batch]:
-    """Every feed-forward block on every batch. `data` yields inputs of the model: a tensor, a tuple, or a dict of keyword arguments.
+    """Every feed-forward block on every batch, as `watched`. Raises SpecError where there are none, too."""
 
-    Padding counts like text: give data without it. Raises SpecError where there are no blocks or no data, CaptureError.
+    def find(program: Program) -> tuple[list[Ffn], list[fx.Node]]:
+        ffns, missed = find_ffns(program)
+        if not ffns:
+            raise SpecError("no feed-forward block was recognised in the model" + "".join(f"\n  {line}" for line in missed[:4]))
+        return ffns, [node for ffn in ffns for node in _values(ffn) if node is not None]
+
+    for ffns, found in watched(model, data, find):
+        for ffn in ffns:
+            act, up = _values(ffn)
+            yield Batch(ffn.names[0], ffn, found[act], None if up is None else found[up])
+
+
+def watched(
+    model: nn.Module, data: Iterable[Any], find: Callable[[Program], tuple[Any, list[fx.Node]]]
+) -> Iterator[tuple[Any, dict[fx.Node, Tensor]]]:
+    """For every batch what `find` says of the captured program, and the values [M, ...] of the nodes that it names, M tokens in order.
+
+    `data` yields inputs of the model: a tensor, a tuple, or a dict of keyword arguments. Padding counts like text: give data without it.
+    Raises SpecError where there is no data, CaptureError.
     """
-    programs: dict[Any, tuple[Any, fx.GraphModule, list[Ffn]]] = {}
+    programs: dict[Any, tuple[Any, fx.GraphModule, Any, list[fx.Node]]] = {}
     empty = True
     for inputs in data:
         empty = False
@@ -48,23 +67,22 @@ def activations(model: nn.Module, data: Iterable[Any]) -> Iterator[Batch]:
         if shape not in programs:
             captured = capture(model, args, kwargs)
             program = run_passes(captured.program, (Canonicalize(),), disable=(), stop_after=None).program
-            ffns, missed = find_ffns(program)
-            if not ffns:
-                raise SpecError("no feed-forward block was recognised in the model" + "".join(f"\n  {line}" for line in missed[:4]))
-            programs[shape] = captured, program.gm, ffns
-        captured, gm, ffns = programs[shape]
-        yield from _Watch(gm, ffns).batches(captured.flatten(args, kwargs))
+            programs[shape] = captured, program.gm, *find(program)
+        captured, gm, what, nodes = programs[shape]
+        watch = _Watch(gm, nodes)
+        with torch.no_grad():
+            watch.run(*captured.flatten(args, kwargs), enable_io_processing=False)
+        yield what, watch.found
     if empty:
         raise SpecError("calibration data is empty: give an iterable of model inputs")
 
 
 class _Watch(fx.Interpreter):
-    """Runs the program and keeps what the blocks compute."""
+    """Runs the program and keeps some of its values."""
 
-    def __init__(self, gm: fx.GraphModule, ffns: list[Ffn]) -> None:
+    def __init__(self, gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
         super().__init__(gm)
-        self.ffns = ffns
-        self.wanted = {node for ffn in ffns for node in _values(ffn) if node is not None}
+        self.wanted = set(nodes)
         self.found: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -72,13 +90,6 @@ class _Watch(fx.Interpreter):
         if n in self.wanted:
             self.found[n] = value.reshape(-1, value.shape[-1])
         return value
-
-    def batches(self, flat: Any) -> Iterator[Batch]:
-        with torch.no_grad():
-            self.run(*flat, enable_io_processing=False)
-        for ffn in self.ffns:
-            act, up = _values(ffn)
-            yield Batch(ffn.names[0], ffn, self.found[act], None if up is None else self.found[up])
 
 
 def _values(ffn: Ffn) -> tuple[fx.Node, fx.Node | None]:

@@ -4,7 +4,8 @@
     h = norm(x + attention(x));  y = norm(h + ffn(h))              after them: BERT
 
 A block is everything between x and y. It can be run on some of its tokens if each value that enters it from elsewhere (masks, rotary
-tables, sizes) has the sequence as a dimension of its own or doesn't have it at all, and nothing but y leaves it.
+tables, sizes) has the sequence as a dimension of its own or doesn't have it at all, and nothing but y leaves it, or also keys and values
+[B, G, S, D], as outputs of the program, where a cache is made for blocks that keep keys of different tokens.
 """
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ ATTENTIONS = (SDPA, torch.nn.functional.scaled_dot_product_attention)
 @dataclass(frozen=True)
 class Block:
     """x [B, S, D] -> y [B, S, D]. `inside`: its nodes, in program order. `tokens`: values from elsewhere with the sequence in the
-    dimensions given; `sizes`: nodes that are its length; `attention`: torch's attention in it; `names` of the module it is."""
+    dimensions given; `sizes`: nodes that are its length; `attention`: torch's attention in it; `names` of the module it is; `cache`: its
+    keys and values that are outputs of the program."""
 
     x: fx.Node
     y: fx.Node
@@ -41,14 +43,16 @@ class Block:
     attention: fx.Node
     ffn: Ffn
     names: tuple[str, ...]
+    cache: tuple[fx.Node, ...] = ()
 
 
-def find_blocks(program: Program, ffns: list[Ffn]) -> tuple[list[Block], list[str]]:
-    """The blocks around these feed-forward blocks, in program order, and why the others are in none."""
+def find_blocks(program: Program, ffns: list[Ffn], cached: bool = False) -> tuple[list[Block], list[str]]:
+    """The blocks around these feed-forward blocks, in program order, and why the others are in none. `cached`: keys and values may be
+    outputs, and the program may be of one token."""
     found, missed = [], []
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     for ffn in ffns:
-        made = _block(program, ffn, order)
+        made = _block(program, ffn, order, cached)
         if isinstance(made, Block):
             found.append(made)
         else:
@@ -56,7 +60,7 @@ def find_blocks(program: Program, ffns: list[Ffn]) -> tuple[list[Block], list[st
     return found, missed
 
 
-def _block(program: Program, ffn: Ffn, order: dict[fx.Node, int]) -> Block | str:
+def _block(program: Program, ffn: Ffn, order: dict[fx.Node, int], cached: bool) -> Block | str:
     ends = _ends(ffn)
     if ends is None:
         return "nothing like x + attention(x), then h + ffn(h), stands around its feed-forward block"
@@ -64,23 +68,31 @@ def _block(program: Program, ffn: Ffn, order: dict[fx.Node, int]) -> Block | str
     size = _sequence(x)
     if size is None:
         return f"its input is {program.type(x)}, not a batch of sequences [B, S, D]"
-    if isinstance(size, int):
+    if isinstance(size, int) and not (cached and size == 1):
         return f"its sequences are captured as {size} tokens long: capture with more than one token and dynamic_shapes"
     inside = _with_views(_between(x, y, order), order)
     attentions = [node for node in inside if node.target in ATTENTIONS]
     if len(attentions) != 1:
         return f"{len(attentions)} scaled_dot_product_attention stand in it, not one; load the model with attn_implementation='sdpa'"
-    if leaks := [node.name for node in inside if node is not y and any(user not in inside for user in node.users)]:
-        return f"{leaks[0]} is used outside of it (by a KV cache? tokens are skipped in calls with use_cache=False)"
-    if x in {a for a in _outer(inside) if a is not x}:
+    leaks = [node for node in inside if node is not y and any(user not in inside for user in node.users)]
+    cache = tuple(node for node in leaks if cached and _is_cache(node, inside))
+    if wrong := [node.name for node in leaks if node not in cache]:
+        return f"{wrong[0]} is used outside of it (by a KV cache? use methods/cached.py, or calls with use_cache=False)"
+    if x in {a for a in outer(inside) if a is not x}:
         return "its input is read in an unknown way"
-    outer = entering(_outer(inside) - {x}, str(size))
-    if isinstance(outer, str):
-        return outer
+    found = entering(outer(inside) - {x}, str(size))
+    if isinstance(found, str):
+        return found
     linears = [LinearView(node) for node in inside if node.target is LINEAR]
     modules = [Names.found(program).modules(program.weight_name(view.params[0]))[0] for view in linears]
     name = common_module(modules)
-    return Block(x, y, inside, *outer, attentions[0], ffn, (name,))
+    return Block(x, y, inside, *found, attentions[0], ffn, (name,), cache)
+
+
+def _is_cache(node: fx.Node, inside: tuple[fx.Node, ...]) -> bool:
+    """Keys or values [B, G, S, D] whose other users are the program's outputs."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and all(user in inside or user.op == "output" for user in node.users)
 
 
 def _ends(ffn: Ffn) -> tuple[fx.Node, fx.Node] | None:
@@ -166,19 +178,20 @@ def _between(x: fx.Node, y: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node
 def _with_views(inside: tuple[fx.Node, ...], order: dict[fx.Node, int]) -> tuple[fx.Node, ...]:
     """Added dimensions that only this block uses, such as each layer's own of the rotary tables: their sources are one for all layers."""
     own = set(inside)
-    views = {n for n in _outer(inside) if n.target in (aten.unsqueeze.default, torch.unsqueeze, "unsqueeze") and own.issuperset(n.users)}
+    views = {n for n in outer(inside) if n.target in (aten.unsqueeze.default, torch.unsqueeze, "unsqueeze") and own.issuperset(n.users)}
     return tuple(sorted(own | views, key=order.__getitem__))
 
 
-def _outer(inside: tuple[fx.Node, ...]) -> set[fx.Node]:
+def outer(inside: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """What a part of a program reads from elsewhere."""
     own = set(inside)
     return {source for node in inside for source in node.all_input_nodes if source not in own}
 
 
-def entering(outer: set[fx.Node], size: str) -> tuple[dict[fx.Node, tuple[int, ...]], tuple[fx.Node, ...]] | str:
+def entering(sources: set[fx.Node], size: str) -> tuple[dict[fx.Node, tuple[int, ...]], tuple[fx.Node, ...]] | str:
     """Values with the sequence in a dimension, and nodes that are its length; or why the block cannot be cut."""
     tokens, sizes = {}, []
-    for node in sorted(outer, key=lambda n: n.name):
+    for node in sorted(sources, key=lambda n: n.name):
         value = value_of(node)
         if isinstance(value, torch.SymInt):
             if str(value.node.expr) == size:

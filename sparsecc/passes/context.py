@@ -90,12 +90,15 @@ class NeuronTuner(Protocol):
         """What rules out zeros before the gate is read, see `runtime/neurons.sketch`; () where it doesn't apply."""
         ...
 
-    def choose(self, name: str, gate: Tensor, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
-        """Measured against torch's dense code."""
+    def choose(self, name: str, gate: Tensor | None, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
+        """Measured against torch's dense code. Without a gate: a linear on its active inputs."""
         ...
 
-    def kernel(self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool) -> tuple[str, Any]:
-        """The key that stands in the program, and the code behind it. `request`: of the neurons that a prompt chose."""
+    def kernel(
+        self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, gate: bool = True
+    ) -> tuple[str, Any]:
+        """The key that stands in the program, and the code behind it. `request`: of the neurons that a prompt chose; `gate`: see
+        `choose`."""
         ...
 
     def counts(self) -> tuple[str, Any]:

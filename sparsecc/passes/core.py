@@ -18,7 +18,7 @@ from torch import fx
 
 from sparsecc.cores import Cores
 from sparsecc.errors import SpecError
-from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, SHRINK, SPAN
+from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, RELEASED, SHRINK, SPAN
 from sparsecc.ir.infer import infer, value_of
 from sparsecc.ir.ops import KERNELS
 from sparsecc.ir.program import Program, Region
@@ -28,6 +28,7 @@ from sparsecc.passes.context import Context
 from sparsecc.passes.ffn import Ffn, find_ffns
 from sparsecc.passes.grouped import group_queries
 from sparsecc.passes.pack import tokens_of
+from sparsecc.passes.release import release
 from sparsecc.passes.shorter import Shorter, is_table, renumbered
 from sparsecc.passes.skip import nothing
 from sparsecc.skipping import matches
@@ -65,13 +66,17 @@ def _match(program: Program, glob: str, rule: Cores) -> None:
     sums = [_stream(ffn) for ffn in decoder]
     size = _sequence(program, decoder[0], sums[0])
     if size == 1:
-        for ffn in decoder:
+        for ffn in decoder if not rule.compat else ():
             _replace(program, ffn, rule, None)
         group_queries(program)
         return infer(program)
     if isinstance(size, int):
         raise SpecError(f"core_matching: the prompt was captured as exactly {size} tokens: let their number vary, by dynamic_shapes, or "
                         "through methods/core_matching.py, which does")
+    if rule.compat:
+        first = sums[rule.layers[0]] if rule.layers[1] < len(decoder) else None
+        image = _Cut(program, rule, first, size).image(scatters) if first is not None else None
+        return release(program, rule, decoder, image)
     if rule.layer >= len(decoder):
         raise SpecError(f"core_matching(layer={rule.layer}): the decoder under {glob!r} has {len(decoder)} blocks, 0 to {len(decoder) - 1}")
     cut = sums[rule.layer]
@@ -156,8 +161,8 @@ class _Cut:
         if isinstance(found, str):
             raise SpecError(f"core_matching: tokens cannot leave behind {name}: {found}; a prompt starts with an empty KV cache")
         tokens, sizes = found
-        with graph.inserting_before(self.stream.next):
-            image = self._image(scatters, order)
+        image = self.image(scatters)
+        with graph.inserting_before(image.next):
             scores = graph.call_function(operator.getitem, (block, 1))
             both = graph.call_function(CORE_TOKENS, (scores, image, self.rule.tokens, ""))
             idx = graph.call_function(SHRINK, tuple(graph.call_function(operator.getitem, (both, i)) for i in range(2)))
@@ -184,13 +189,17 @@ class _Cut:
                 tail.add(node)
         return tail
 
-    def _image(self, scatters: list[fx.Node], order: dict[fx.Node, int]) -> fx.Node:
-        """bool[B, S]: the tokens that may leave. Raises SpecError where the program doesn't say which they are."""
+    def image(self, scatters: list[fx.Node]) -> fx.Node:
+        """bool[B, S], behind the stream: the tokens that may leave. Raises SpecError where the program doesn't say which they are."""
+        with self.program.graph.inserting_before(self.stream.next):
+            return self._image(scatters)
+
+    def _image(self, scatters: list[fx.Node]) -> fx.Node:
         call, asked = self.program.graph.call_function, self.rule.candidates
         if isinstance(asked, tuple):
             return call(SPAN, (self.stream, *asked))
         if asked is not None:
-            source = next((n for n in order if n.target in EMBEDDINGS and self._is_ids(n.all_input_nodes)), None)
+            source = next((n for n in self.program.graph.nodes if n.target in EMBEDDINGS and self._is_ids(n.all_input_nodes)), None)
             if source is None:
                 raise SpecError(f"core_matching(candidates={asked}): the program embeds no token ids [B, S]; give a span (start, end)")
             ids = next(n for n in source.all_input_nodes if self._is_ids([n]))
@@ -214,7 +223,7 @@ def lower_cores(program: Program, context: Any) -> None:
     """Kernels by name, for `lower`."""
     tuner: Any = context.tuner if isinstance(context, Context) else None
     for node in program.graph.nodes:
-        if node.target is CORE_TOKENS:
+        if node.target in (CORE_TOKENS, RELEASED):
             seen = program.regions[node.name].more["seen"]
             key, kernel = f"core tokens {id(seen):x}", seen
         elif node.target is PROMPT and tuner is not None and tuner.neurons is not None:

@@ -52,7 +52,7 @@ def find_ffns(program: Program) -> tuple[list[Ffn], list[str]]:
     found, missed = [], []
     for down in program.linears():
         hidden = down.x
-        if not (_known(program, down) and hidden.op in ("call_function", "call_method")):
+        if not (is_plain(program, down) and hidden.op in ("call_function", "call_method")):
             continue
         made = _gated(program, down, hidden) if hidden.target in PRODUCTS else _plain(program, down, hidden)
         if isinstance(made, Ffn):
@@ -99,10 +99,10 @@ def _plain(program: Program, down: LinearView, act: fx.Node) -> Ffn | str | None
 def _linear(program: Program, node: Any) -> LinearView | None:
     if not (isinstance(node, fx.Node) and node.op == "call_function" and node.target is LINEAR):
         return None
-    return view if _known(program, view := LinearView(node)) else None
+    return view if is_plain(program, view := LinearView(node)) else None
 
 
-def _known(program: Program, view: LinearView) -> bool:
+def is_plain(program: Program, view: LinearView) -> bool:
     """A plain linear with constant weight and bias, and nothing fused into it."""
     constant = program.is_const(view.params[0]) and (view.bias is None or program.is_const(view.bias))
     return view.plain and constant and not view.epilogue and view.residual is None

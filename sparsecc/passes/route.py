@@ -41,6 +41,8 @@ class Routes:
     paid: dict[int, fx.Node] = field(default_factory=dict)
     consts: dict[int, fx.Node] = field(default_factory=dict)
     masks: dict[Any, fx.Node] = field(default_factory=dict)
+    whole: set[fx.Node] = field(default_factory=set)
+    """Results of cut blocks whose keys are all tokens."""
 
     def scores(self, block: Block, source: fx.Node, mask: fx.Node | None, rule: Tokens, required: float | None, at: int) -> tuple[
         fx.Node, fx.Node | None
@@ -53,10 +55,11 @@ class Routes:
             place = next(i for i, one in enumerate(self.blocks) if one.y is block.y)
             return call(ROUTE, (self.importance(place, mask), mask, required, weights)), None
         assert isinstance(rule.router, DepthRouter)
-        p = self._gate(block, source, rule.router, at)
+        p = self.gate(block, source, rule.router, at)
         return call(ELIGIBLE, (p, mask, *(rule.span or (None, None)))), p
 
-    def _gate(self, block: Block, source: fx.Node, router: DepthRouter, at: int) -> fx.Node:
+    def gate(self, block: Block, source: fx.Node, router: DepthRouter, at: int) -> fx.Node:
+        """The probabilities [B, S] that a router gives the tokens."""
         if len(router.weights) > 1 and at >= len(router.weights):
             count = len(router.weights)
             raise SpecError(f"mixture_of_depths: the checkpoint has {count} routers, {block.names[0]} is block {at + 1} under its glob")
@@ -97,6 +100,9 @@ class Routes:
             paid = call(RECEIVED, (heads, heads, mask, None, None))
         else:
             block = self.blocks[at - 1]
+            if block.y in self.whole:
+                name = block.names[0]
+                raise SpecError(f"ftp: a learned router ranks tokens by what they are paid as keys of {name}: use keys='kept' there")
             idx, count = self.cuts.get(block.y, (None, None))
             given = arguments(block.attention)
             paid = call(RECEIVED, (given["query"], _one_of_each(given["key"]), given.get("attn_mask"), count, given.get("scale")))
@@ -114,14 +120,11 @@ class Routes:
         if (mask, idx) not in self.masks:
             with self.program.graph.inserting_before(node):
                 self.masks[mask, idx] = self.program.graph.call_function(HIDE_KEYS, (mask, idx))
-        hidden = self.masks[mask, idx]
-        if "attn_mask" in node.kwargs:
-            node.kwargs = {**node.kwargs, "attn_mask": hidden}
-        else:
-            node.args = (*node.args[:3], hidden, *node.args[4:])
+        with_mask(node, self.masks[mask, idx])
 
-    def scale(self, block: Block, rule: Tokens, p: fx.Node, idx: fx.Node, x: fx.Node) -> fx.Node:
-        """Multiply what the rule names by the kept tokens' p; returns what the block gives now. x: the kept tokens that it reads."""
+    def scale(self, block: Block, rule: Tokens, p: fx.Node, idx: fx.Node | None, x: fx.Node) -> fx.Node:
+        """Multiply what the rule names by the kept tokens' p, or by every one's; returns what the block gives now. x: the kept tokens that
+        it reads."""
         graph = self.program.graph
         after = block.y.target in (aten.layer_norm.default, aten.rms_norm.default)
         if rule.scale == "mlp":
@@ -148,10 +151,10 @@ class Routes:
             user.replace_input_with(block.y, marker)
         return marker
 
-    def _column(self, p: fx.Node, idx: fx.Node, ndim: int, dtype: torch.dtype) -> fx.Node:
+    def _column(self, p: fx.Node, idx: fx.Node | None, ndim: int, dtype: torch.dtype) -> fx.Node:
         """p of the kept tokens, [B, K, 1] or [B * K, 1]."""
         call = self.program.graph.call_function
-        some = call(GATHER_KEPT, (p, idx, [1]))
+        some = p if idx is None else call(GATHER_KEPT, (p, idx, [1]))
         some = call(aten.unsqueeze.default, (some, -1)) if ndim == 3 else call(aten.reshape.default, (some, [-1, 1]))
         return some if dtype == torch.float32 else call(aten.to.dtype, (some, dtype))
 
@@ -179,6 +182,15 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     """Those of torch's attention by their names."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def with_mask(node: fx.Node, mask: fx.Node) -> None:
+    """Give torch's attention a mask in the place of the one that it has, or of its causality."""
+    given = arguments(node)
+    given |= {"attn_mask": mask, "is_causal": False}
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    node.args = tuple(given.pop(name, 0.0) for name in names)
+    node.kwargs = given
 
 
 def _one_of_each(key: Any) -> Any:

@@ -32,6 +32,13 @@ class Shorter:
         with self.like.fake_mode:
             return torch.empty((self.like.shape[0], new_size(self.like.fake_mode, name, max(2, hint))), dtype=torch.int32)
 
+    def rows(self, value: Any, name: str) -> torch.Tensor:
+        """What stands for rows [B, G, n, D] of a value [B, G, S, D], n a size of its own."""
+        B, G, S, D = value.shape
+        hint = S if isinstance(S, int) else int(S.node.hint or 128)
+        with self.like.fake_mode:
+            return torch.empty((B, G, new_size(self.like.fake_mode, name, max(2, hint)), D), dtype=value.dtype, device=value.device)
+
     def move(self, nodes: Iterable[fx.Node], swapped: Mapping[fx.Node, fx.Node], idx: fx.Node) -> None:
         """Let nodes work on the tokens `idx` alone; `swapped`: what they read instead of values with all tokens."""
         shorter = partial(self._shorter, kept=value_of(idx).shape[1])  # type: ignore[union-attr]

@@ -46,9 +46,11 @@ class CpuNeurons:
         known = activation == "relu" and policy == "nonzero" and gate.dtype in (torch.float32, torch.bfloat16)
         return sketch(gate) if known and gate.shape[1] >= SKETCHED and self.backend.isa.has("avx512vnni") else ()
 
-    def kernel(self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool) -> tuple[str, Any]:
+    def kernel(
+        self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, gate: bool = True
+    ) -> tuple[str, Any]:
         """One for each block, since each counts its own neurons."""
-        made = RequestKernel(self.backend, activation) if request else NeuronKernel(self.backend, activation, policy, limit)
+        made = RequestKernel(self.backend, activation) if request else NeuronKernel(self.backend, activation, policy, limit, gate)
         made.seen = seen if isinstance(seen, Seen) else made.seen
         return f"cpu:{self.backend.isa.name} {name} {activation} {policy} {id(made.seen):x}", made
 
@@ -56,14 +58,14 @@ class CpuNeurons:
         """Of core neurons: one for all blocks."""
         return f"cpu:{self.backend.isa.name} core counts", CoreCounts(self.backend)
 
-    def choose(self, name: str, gate: Tensor, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
+    def choose(self, name: str, gate: Tensor | None, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
         """The kernel's time grows with the active neurons in a straight line: none and all of them are timed, and the dense code."""
         seen = Seen()
-        if self.effort == "none" or not 0 < tokens <= FEW or gate.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if self.effort == "none" or not 0 < tokens <= FEW or bundle.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return NeuronChoice(1.0, "not measured for this many tokens" if tokens > FEW else "not measured", seen=seen)
         machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
         digest = hashlib.sha256(machine.encode()).hexdigest()[:16]
-        key = f"neurons {tuple(bundle.shape)} {gate.dtype} {activation} M={tokens} {digest}"
+        key = f"{'inputs' if gate is None else 'neurons'} {tuple(bundle.shape)} {bundle.dtype} {activation} M={tokens} {digest}"
         found = self.cache.get(key)
         if found is None:
             started = time.monotonic()
@@ -71,38 +73,42 @@ class CpuNeurons:
             self.cache.put(key, found)
         none, every, dense = (found["us"][part] for part in ("none", "all", "dense"))
         limit = min(1.0, max(0.0, (dense - none) / max(1e-9, every - none)))
-        reason = f"{none:.0f} us with no active neuron, {every:.0f} with all; dense {dense:.0f}; pays from {1 - limit:.0%} zeros on"
+        what = "input" if gate is None else "neuron"
+        reason = f"{none:.0f} us with no active {what}, {every:.0f} with all; dense {dense:.0f}; pays from {1 - limit:.0%} zeros on"
         return NeuronChoice(limit, reason, {"dense_us": dense, "none_us": none, "all_us": every, "break_even": 1 - limit}, seen)
 
-    def _time(self, gate: Tensor, stored: Tensor, activation: str, tokens: int) -> dict[str, float]:
+    def _time(self, gate: Tensor | None, stored: Tensor, activation: str, tokens: int) -> dict[str, float]:
         """Microseconds by name."""
-        size = gate.nbytes + stored.nbytes
-        copies = [(gate, stored), *((gate.clone(), stored.clone()) for _ in range(FOOTPRINT // size))]
-        x = torch.randn(tokens, gate.shape[1], generator=torch.Generator().manual_seed(0)).to(gate.dtype)
-        biases: list[Tensor | None] = [None] * (1 + stored.shape[1])
+        weights = [stored] if gate is None else [gate, stored]
+        size = sum(w.nbytes for w in weights)
+        copies = [weights, *([w.clone() for w in weights] for _ in range(FOOTPRINT // size))]
+        features = stored.shape[0] if gate is None else gate.shape[1]
+        x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(0)).to(stored.dtype)
+        biases: list[Tensor | None] = [None] * (len(weights) - 1 + stored.shape[1])
         calls: dict[str, Callable[[], Any]] = {"dense": _in_turn(copies, dense(x, activation))}
         for name, limit in (("none", -1.0), ("all", 1.0)):
-            kernel = NeuronKernel(self.backend, activation, "all", limit)
+            kernel = NeuronKernel(self.backend, activation, "all", limit, gate is not None)
             kernel.dense = lambda x, *rest: x  # type: ignore[method-assign]  # "none": only what comes before the decision
-            calls[name] = _in_turn(copies, lambda g, b, run=kernel: run(x, (g, b), biases, None))
+            calls[name] = _in_turn(copies, lambda parts, run=kernel: run(x, parts, biases, None))
         return {name: 1e6 * timing.median for name, timing in undisturbed(calls, SECONDS).items()}
 
 
-def dense(x: Tensor, activation: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """torch's linears on weights as a model has them."""
+def dense(x: Tensor, activation: str) -> Callable[[list[Tensor]], Tensor]:
+    """torch's linears on weights ([gate, bundle], or a bundle alone) as a model has them."""
     act = ACTIVATIONS[activation].fn
     own: dict[int, tuple[Tensor | None, Tensor]] = {}
 
-    def run(gate: Tensor, stored: Tensor) -> Tensor:
+    def run(weights: list[Tensor]) -> Tensor:
+        stored = weights[-1]
         if id(stored) not in own:
             own[id(stored)] = (stored[:, 0].contiguous() if stored.shape[1] == 2 else None, stored[:, -1].t().contiguous())
         up, down = own[id(stored)]
-        a = act(torch.nn.functional.linear(x, gate))
+        a = x if len(weights) == 1 else act(torch.nn.functional.linear(x, weights[0]))
         return torch.nn.functional.linear(a if up is None else a * torch.nn.functional.linear(x, up), down)
 
     return run
 
 
-def _in_turn(copies: list[tuple[Tensor, Tensor]], run: Callable[[Tensor, Tensor], Any]) -> Callable[[], Any]:
+def _in_turn(copies: list[list[Tensor]], run: Callable[[list[Tensor]], Any]) -> Callable[[], Any]:
     turn = itertools.cycle(copies)
-    return lambda: run(*next(turn))
+    return lambda: run(next(turn))

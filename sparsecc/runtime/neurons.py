@@ -48,15 +48,16 @@ class Seen:
 
 
 class NeuronKernel:
-    """fn(x [..., D], [gate, bundle], biases, level) -> y [..., D] for one activation and policy, weights as in `ir/skip_ops.neurons`.
+    """fn(x [..., D], [gate, bundle], biases, level) -> y [..., D] for one activation and policy, weights as in `ir/skip_ops.neurons`;
+    with `gate=False` fn(x [..., F], [bundle], [bias], level) -> y [..., D], a linear on its active inputs.
 
     One to FEW tokens go together by TILES, all neurons that one of them keeps being read once. Where more than `limit` of the F neurons are
     active, and for more tokens, torch's dense code runs on views of the same weights. Weights may go on with a `sketch` of the gate, for
     ReLU's zeros; it is left alone for a while after calls that found few of them. Safe to call from several threads.
     """
 
-    def __init__(self, backend: TvmBackend, activation: str, policy: str, limit: float = 1.0) -> None:
-        self.backend, self.activation, self.policy, self.limit = backend, activation, parse_policy(policy), limit
+    def __init__(self, backend: TvmBackend, activation: str, policy: str, limit: float = 1.0, gate: bool = True) -> None:
+        self.backend, self.activation, self.policy, self.limit, self.gate = backend, activation, parse_policy(policy), limit, gate
         self.seen = Seen()
         self._plain = 0
         self._bound: dict[tuple[Any, ...], _Bound] = {}
@@ -72,25 +73,25 @@ class NeuronKernel:
 
     def _spec(self, up: bool, bias: bool, dtype: str, sketch: bool = False) -> NeuronSpec:
         names = {"ratio": "topk", "atleast": "threshold"}
-        return NeuronSpec(names.get(self.policy.name, self.policy.name), self.activation, up, bias, dtype, sketch)
+        return NeuronSpec(names.get(self.policy.name, self.policy.name), self.activation, up, bias, dtype, sketch, self.gate)
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
-        D = weights[0].shape[1]
-        tokens = x.numel() // D
+        stored, wide = weights[self.gate], x.shape[-1]
+        D, tokens = stored.shape[-1], x.numel() // wide
         up_bias = len(biases) == 3 and biases[1] is not None
-        if not 0 < tokens <= FEW or x.dtype not in DTYPES or up_bias or weights[1].shape[-1] != D:
+        if not 0 < tokens <= FEW or x.dtype not in DTYPES or up_bias or (self.gate and wide != D):
             return self.dense(x, weights, biases, level)
         x = x if x.is_contiguous() else x.contiguous()
-        y = torch.empty(x.shape, dtype=x.dtype)
+        y = torch.empty((*x.shape[:-1], D), dtype=x.dtype)
         step = TILES[-1]
         sketched = len(weights) == 4 and self._plain == 0
         self._plain = max(0, self._plain - 1)
         for first in range(0, tokens, step):
             count = min(step, tokens - first)
-            key = (weights[1].data_ptr(), count, x.dtype, torch.get_num_threads(), self.limit, sketched)
+            key = (stored.data_ptr(), count, x.dtype, torch.get_num_threads(), self.limit, sketched)
             bound = self._bound.get(key) or self._bind(key, count, x.dtype, weights[: 4 if sketched else 2], biases, level)
-            offset = first * D * x.element_size()
-            found = bound(x.data_ptr() + offset, y.data_ptr() + offset)
+            size = first * x.element_size()
+            found = bound(x.data_ptr() + wide * size, y.data_ptr() + D * size)
             self.seen.active += found
             self.seen.of += bound.neurons
             if sketched and 2 * found > bound.neurons:
@@ -107,7 +108,7 @@ class NeuronKernel:
     def dense(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
         """torch's linears on all neurons, those that the policy drops times zero."""
         gate, up, down = unbundle(weights[:2], "bundle")
-        pre = F.linear(x, gate, biases[0])
+        pre = x if gate is None else F.linear(x, gate, biases[0])
         exact = self.policy.name in ("nonzero", "all")
         a = ACTIVATIONS[self.activation].fn(pre) if exact else active(pre, self.activation, str(self.policy), level)
         if up is not None:
@@ -118,15 +119,18 @@ class NeuronKernel:
         self, key: tuple[Any, ...], tokens: int, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
         level: Tensor | None,
     ) -> _Bound:
-        (neurons, D), threads = weights[0].shape, torch.get_num_threads()
-        code = self.load(tokens, weights[1].shape[1] == 2, biases[0] is not None, dtype, len(weights) == 4)
-        bias = torch.zeros(1) if biases[0] is None else biases[0].float().contiguous()
+        stored, threads = weights[self.gate], torch.get_num_threads()
+        neurons, rows, D = stored.shape
+        before = biases[0] if self.gate else None
+        code = self.load(tokens, rows == 2, before is not None, dtype, len(weights) == 4)
+        bias = torch.zeros(1) if before is None else before.float().contiguous()
         out = torch.zeros(D) if biases[-1] is None else biases[-1].float().contiguous()
         levels = levels_of(self.policy, level, neurons)
         reach, wide = (D // 64 + 2) * 64, (neurons // 64 + 1) * 64
         limit = min(neurons, int(self.limit * neurons))
         keep = self.policy.size(neurons) or 0
-        kept = tuple(t.contiguous() for t in (*weights[:2], levels, bias, out, *weights[2:]))
+        gate = weights[0] if self.gate else stored[:1, 0]  # a kernel without one reads nothing of it
+        kept = tuple(t.contiguous() for t in (gate, stored, levels, bias, out, *weights[2:]))
         ints = (tokens, neurons, D, reach, wide, D, threads, limit, keep)
         bound = _Bound(code, kept, ints, _tile(tokens) * (reach + wide + threads * reach), neurons, limit, _tile(tokens) * reach)
         with self._lock:

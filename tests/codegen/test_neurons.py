@@ -50,6 +50,27 @@ def test_kernels_compute_the_masked_dense_block(
     check(NeuronKernel(BACKEND, activation, policy), policy, x, weights, biases)
 
 
+@pytest.mark.parametrize(("policy", "tokens", "dtype", "bias"), [
+    ("threshold(0.5)", 1, torch.float32, True), ("atleast(0.0)", 3, torch.bfloat16, False), ("ratio(0.25)", 11, torch.float32, False),
+    ("nonzero", 1, torch.bfloat16, True),
+])
+@pytest.mark.parametrize(("K", "N"), [(133, 77), (64, 200)])
+def test_linears_read_their_active_inputs(policy: str, tokens: int, dtype: torch.dtype, bias: bool, K: int, N: int) -> None:
+    weight, x = torch.randn(N, K).to(dtype), torch.randn(2 * tokens, K)[::2].to(dtype)
+    x[:, ::3] = 0
+    biases = [torch.randn(N).to(dtype) if bias else None]
+    wanted = masked_dense(x.double(), [weight.double()], [b if b is None else b.double() for b in biases], None, "rows", "", policy)
+    kernel = NeuronKernel(BACKEND, "", policy, gate=False)
+    for limit in (1.0, 0.1):  # beyond which the dense code runs
+        kernel.limit = limit
+        y = kernel(x, [bundle(None, weight)], biases, None)
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+        assert y.shape == (tokens, N) and float((y.double() - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+    assert 0 < kernel.seen.active <= kernel.seen.of
+    x[0, 1] = torch.nan
+    assert bool(kernel(x, [bundle(None, weight)], biases, None)[0].isnan().all())
+
+
 @pytest.mark.skipif(not BACKEND.isa.has("avx512vnni"), reason="sketches need byte products")
 @pytest.mark.parametrize(("up", "tokens", "dtype"), [
     (True, 1, torch.float32), pytest.param(False, 3, torch.bfloat16, marks=pytest.mark.slow),

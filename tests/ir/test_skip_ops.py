@@ -8,6 +8,7 @@ import torch
 
 from sparsecc.errors import SelectionError, SpecError
 from sparsecc.ir.policy import Policy, kept_of, knee, parse_policy
+from sparsecc.ir.route_ops import earlier, token_gate, trim_keys
 from sparsecc.ir.skip_ops import active, gather_tokens, neurons, recency, scatter_tokens, select
 from sparsecc.ir.text import parse_program, print_program
 
@@ -157,3 +158,13 @@ def test_programs_print_as_they_parse_and_run() -> None:
     kept = [0, 3, 4, 5, 6, 7, 8]
     assert torch.allclose(y[:, kept], torch.relu(x[:, kept] @ gate.t()) @ down.t(), atol=1e-5)
     assert torch.equal(y[:, 1:3], x[:, 1:3])
+
+
+def test_keys_of_all_tokens_and_of_kept_ones() -> None:
+    idx = torch.tensor([[1, 3, -1]])
+    assert earlier(idx, torch.empty(1, 5, 2))[0, 0].sum(-1).tolist() == [2, 4, 1]
+    keys = torch.randn(1, 2, 3, 4)
+    assert torch.equal(trim_keys(keys, idx), keys[:, :, :2]) and trim_keys(keys, torch.full((1, 3), -1)).shape == (1, 2, 0, 4)
+    with pytest.raises(SelectionError, match="batch of 2 prompts"):
+        trim_keys(keys.expand(2, -1, -1, -1), idx.expand(2, -1))
+    assert token_gate(torch.randn(1, 3, 4), torch.randn(2, 4), keys[0, :1]).is_contiguous()

@@ -169,6 +169,21 @@ def test_a_vision_language_model_drops_image_tokens() -> None:
         core.prefill(input_ids=torch.randint(0, 99, (1, 61)))
 
 
+@pytest.mark.slow
+def test_the_dense_rest_by_inductor() -> None:
+    """The parts before and behind the cut, and tokens, as one gets them without asking for anything else."""
+    model, rule = llava(layers=3), sparsecc.core_matching(layer=1)
+    inner, inputs = model.model, vlm_inputs(model, 12)
+    core = CoreMatching(model, rule, inputs, "cpu", autotune="none", remainder="inductor")
+    for prompt in (inputs, vlm_inputs(model, 17, seed=1)):
+        image = prompt["input_ids"][0] == model.config.image_token_id
+        embed = inner.get_input_embeddings()
+        features = torch.cat(inner.get_image_features(pixel_values=prompt["pixel_values"], return_dict=True).pooler_output)
+        x = embed(prompt["input_ids"]).masked_scatter(image[None, :, None], features)
+        keep = check(core, Oracle(inner.language_model, model.lm_head, rule, x.shape[1]), x, image, embed, prompt)
+        assert 0 < int(keep[image].sum()) < int(image.sum())
+
+
 @pytest.mark.parametrize(("rule", "image"), [
     (sparsecc.core_matching(beta=1.0, layer=0, tokens="atleast(0.0)", candidates=SPAN), None),
     (sparsecc.core_matching(layer=2, candidates=30), [PREFIX + 10]),
@@ -218,8 +233,63 @@ def test_the_release_ranks_tokens_otherwise() -> None:
     assert (z @ z.t())[-5].tolist() != core.tolist() and knee_tokens((z @ z.t())[-5].numpy()) != knee_tokens(core.numpy())
 
 
+def released_tokens(a: np.ndarray, span: tuple[int, int]) -> np.ndarray:
+    """bool[M] of activations [M, F], as the release's code has it: a row of the Gram matrix, a strict comparison with the knee's score."""
+    z = (a > 0).astype(float)
+    scores = (z @ z.T)[-5, span[0] : span[1]]
+    s = np.sort(scores)[::-1]
+    n = len(s)
+    far = [abs((s[-1] - s[0]) * i - (n - 1) * (s[i] - s[0])) for i in range(n)]
+    keep = np.ones(len(a), dtype=bool)
+    keep[span[0] : span[1]] = scores > s[int(np.argmax(far))]
+    return keep
+
+
+def test_the_release_zeroes_keys_and_skips_nothing() -> None:
+    """And so it differs from the paper's definition: in what stays, in the lengths of the caches, in the tokens after the prompt."""
+    from transformers import DynamicCache
+
+    model, prompt = llama(), ids(3)
+    rule = sparsecc.core_matching(compat="release", layers=(1, 2), candidates=SPAN)
+    core = CoreMatching(model, rule, {"input_ids": ids()}, "cpu", **EAGER)
+    state = core.prefill(input_ids=prompt)
+    plain, active, cache = llama(), [], DynamicCache()
+    for layer in plain.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: active.append(x[0][0].numpy()))
+    dense = plain(input_ids=prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
+    assert torch.allclose(state.logits, dense, atol=1e-5)
+    kept = [torch.ones(prompt.shape[1], dtype=torch.bool), *(torch.from_numpy(released_tokens(active[i], SPAN)) for i in (1, 2))]
+    assert all(0 < int((~keep).sum()) < IMAGE for keep in kept[1:])
+    for i, layer in enumerate(cache.layers):
+        layer.keys, layer.values = (t * kept[i][:, None] for t in (layer.keys, layer.values))
+        assert torch.allclose(state.keys[i], layer.keys, atol=1e-5) and torch.allclose(state.values[i], layer.values, atol=1e-5)
+        assert int((state.keys[i] == 0).all(-1)[0, 0].sum()) == int((~kept[i]).sum())
+    paper = CoreMatching(model, sparsecc.core_matching(layer=1, candidates=SPAN), {"input_ids": ids()}, "reference", **EAGER)
+    other = paper.prefill(input_ids=prompt)
+    assert paper.rule is not None and paper.rule.seen.latest is not None
+    assert paper.rule.seen.latest.tolist() != kept[1].nonzero().flatten().tolist() and other.keys[2].shape != state.keys[2].shape
+    for token in torch.tensor([[3], [1], [4]]):
+        wanted = plain(input_ids=token[None], past_key_values=cache, use_cache=True).logits
+        state, other = core.step(token[None], state), paper.step(token[None], other)
+        assert torch.allclose(state.logits, wanted, atol=1e-5) and not torch.allclose(other.logits, wanted, atol=1e-3)
+    assert "authors' release" in str(core.prompt.explain())
+    with pytest.raises(SelectionError, match="NaN"):
+        core.prefill(input_ids=torch.cat([prompt, torch.full((1, 1), 68)], 1))
+
+
+def test_the_release_has_places_of_its_own() -> None:
+    assert sparsecc.core_matching(compat="release").candidates == (5, 581)
+    with pytest.raises(SpecError, match=r"layers=\(5, 18\)\): the decoder has 3 blocks, 0 to 2"):
+        CoreMatching(llama(), sparsecc.core_matching(compat="release"), {"input_ids": ids()}, "reference", **EAGER)
+    inputs = {"input_ids": ids(), "use_cache": False}
+    with pytest.raises(SpecError, match="nothing but a KV cache"):
+        sparsecc.compile(llama(), "reference", sparsecc.core_matching(compat="release", layers=(0, 1)), inputs, **EAGER)
+
+
 @pytest.mark.parametrize("make", [
-    lambda: sparsecc.core_matching(rho=0), lambda: sparsecc.core_matching(rho=1.1), lambda: sparsecc.core_matching(beta=0.0),
+    lambda: sparsecc.core_matching(compat="paper"), lambda: sparsecc.core_matching(compat="release", tokens="all"),
+    lambda: sparsecc.core_matching(layers=(3, 2)), lambda: sparsecc.core_matching(rho=0), lambda: sparsecc.core_matching(rho=1.1),
+    lambda: sparsecc.core_matching(beta=0.0),
     lambda: sparsecc.core_matching(beta=float("nan")), lambda: sparsecc.core_matching(layer=-1), lambda: sparsecc.core_matching(layer=1.5),
     lambda: sparsecc.core_matching(candidates=(5, 5)), lambda: sparsecc.core_matching(candidates="image"),
     lambda: sparsecc.core_matching(tokens="best"), lambda: sparsecc.core_matching(tokens="nonzero"),

@@ -89,15 +89,15 @@ def test_keeping_every_neuron_is_the_dense_model(name: str, target: str) -> None
     assert sum("neurons" in region["pattern"] for region in compiled.explain().to_dict()["regions"]) == layers
 
 
-def masked(model: Any, inputs: dict[str, Any], keep: list[Tensor]) -> Tensor:
-    """A Llama in which block b's skipped tokens are no keys and pass unchanged, by the model's own dense modules."""
+def masked(model: Any, inputs: dict[str, Any], keep: list[Tensor], keys: str = "kept") -> Tensor:
+    """A Llama in which block b's skipped tokens pass unchanged and are no keys unless all are, by the model's own dense modules."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     S = ids.shape[1]
     x = model.model.embed_tokens(ids)
     position = model.model.rotary_emb(x, torch.arange(S)[None])
     causal = torch.ones(S, S, dtype=torch.bool).tril()[None, None] & mask[:, None, None]
     for layer, kept in zip(model.model.layers, keep, strict=True):
-        seen = causal & kept[:, None, None] | torch.eye(S, dtype=torch.bool)
+        seen = causal & (kept[:, None, None] | torch.tensor(keys == "all")) | torch.eye(S, dtype=torch.bool)
         out = layer(x, attention_mask=torch.zeros(seen.shape).masked_fill(~seen, -torch.inf), position_embeddings=position)
         x = torch.where(kept[..., None], out[0] if isinstance(out, tuple) else out, x)
     return model.lm_head(model.model.norm(x))
@@ -114,14 +114,14 @@ def static(inputs: dict[str, Any], fraction: float) -> Tensor:
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("schedule", [[0.3, 0.3, 0.5], [0.9, 0.0, 0.95]])
-def test_skipped_tokens_are_those_of_the_masked_dense_model(schedule: list[float]) -> None:
+@pytest.mark.parametrize(("schedule", "keys"), [([0.3, 0.3, 0.5], "kept"), ([0.9, 0.0, 0.95], "kept"), ([0.3, 0.9, 0.3], "all")])
+def test_skipped_tokens_are_those_of_the_masked_dense_model(schedule: list[float], keys: str) -> None:
     model = llama()
-    compiled = sparsecc.compile(model, "cpu", {"layers.*": sparsecc.ftp(schedule)}, dict(CAUSAL), **EAGER)
+    compiled = sparsecc.compile(model, "cpu", {"layers.*": sparsecc.ftp(schedule, keys=keys)}, dict(CAUSAL), **EAGER)
     for inputs in (CAUSAL, {**text(3, 37, 30), "use_cache": False}):  # another batch, an odd length, mostly padding
         keep = [static(inputs, s) for s in schedule]
         real = inputs["attention_mask"].bool()
-        assert torch.allclose(compiled(**inputs).logits[real], masked(model, inputs, keep)[real], atol=2e-5)
+        assert torch.allclose(compiled(**inputs).logits[real], masked(model, inputs, keep, keys)[real], atol=2e-5)
 
 
 def test_skipping_tokens_neurons_and_weights_compose() -> None:

@@ -7,6 +7,7 @@
     3  parallel over list     h = a * (up_i x);  y_task += h * down_i   only the rows of active neurons are read
     4  one thread             y = bias + the sum of y_task
 
+A linear on its active inputs has no gate: a is x, step 1 only reads it.
 A neuron's row of up and column of down lie side by side ("LLM in a flash", Alizadeh et al. 2023): `bundle` [F, rows, D]. Several
 neurons are walked at once, because one core that reads one place has too few cache lines under way (see `streams`).
 Where more than `limit` neurons are active, step 3 is left out: `list[F]` has their number, and dense code takes over from `a`.
@@ -45,6 +46,7 @@ class NeuronSpec:
       mean + level_0 deviations of the row before the activation, less that threshold, "all" everything.
     up: whether the neurons are gated, h = act(gate x) * (up x); else h = act(fc1 x + b).
     bias: of fc1; dtype: of weights, x and y ("f32", "bf16", "f16"). sketch: whether ReLU's zeros are first looked for in one.
+    gate: without one h = x, of F features, for a linear on its active inputs.
     """
 
     policy: str = "nonzero"
@@ -53,6 +55,7 @@ class NeuronSpec:
     bias: bool = False
     dtype: str = "f32"
     sketch: bool = False
+    gate: bool = True
 
     @property
     def rows(self) -> int:
@@ -72,17 +75,10 @@ def neurons_source(spec: NeuronSpec, tokens: int, streams: int, isa: Isa) -> str
         # work: x [tokens][reach], a [tokens][wide], y of every task [tasks][tokens][reach]
         w.opaque("a0", f"{tokens} * reach")
         w.opaque("y0", f"a0 + {tokens} * wide")
-        _write_x(w, spec, tokens, isa)
-        if spec.sketch:
-            write_norms(w, tokens, isa)
-        with w.block("for task in T.parallel(tasks):"):
-            w.opaque("first", "F * task // tasks")
-            w.opaque("count", "F * (task + 1) // tasks - first")
-            if spec.sketch:
-                write_candidates(w, tokens, streams, spec.bias, isa)
-            _write_gate(w, spec, tokens, streams, isa)
-            if spec.policy != "stat":
-                _write_active(w, spec, tokens, isa, "first", "count")
+        if spec.gate:
+            _write_neurons(w, spec, tokens, streams, isa)
+        else:
+            _write_inputs(w, spec, tokens)
         if spec.policy == "stat":
             _write_stat(w, spec, tokens, isa)
         if spec.policy == "topk":
@@ -93,6 +89,28 @@ def neurons_source(spec: NeuronSpec, tokens: int, streams: int, isa: Isa) -> str
                 _write_listed(w, spec, tokens, streams, isa)
             _write_y(w, spec, tokens, isa)
     return w.text
+
+
+def _write_neurons(w: Writer, spec: NeuronSpec, tokens: int, streams: int, isa: Isa) -> None:
+    """a of all neurons, or of those that a sketch does not rule out."""
+    _write_x(w, spec, tokens, isa)
+    if spec.sketch:
+        write_norms(w, tokens, isa)
+    with w.block("for task in T.parallel(tasks):"):
+        w.opaque("first", "F * task // tasks")
+        w.opaque("count", "F * (task + 1) // tasks - first")
+        if spec.sketch:
+            write_candidates(w, tokens, streams, spec.bias, isa)
+        _write_gate(w, spec, tokens, streams, isa)
+        if spec.policy != "stat":
+            _write_active(w, spec, tokens, isa, "first", "count")
+
+
+def _write_inputs(w: Writer, spec: NeuronSpec, tokens: int) -> None:
+    """a = x in float32; zero for missing tokens."""
+    with w.block(f"for m in range(T.int64({tokens})):"), w.block("for i in range(F):"):
+        known = load("x", spec.dtype, "T.min(m, M - 1) * F + i", 1)
+        w(f"work[a0 + m * wide + i] = T.if_then_else(m < M, {known}, T.float32(0))")
 
 
 def _write_x(w: Writer, spec: NeuronSpec, tokens: int, isa: Isa) -> None:
