@@ -276,7 +276,7 @@ def _calls(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple
     native = [(code, args) for code, args in calls if isinstance(code, Native)]
     if len(native) == len(calls):
         made = Calls(native)
-        values = np.frombuffer(made.values, np.int64)
+        values = np.ctypeslib.as_array(made.values)
         return made, values.__setitem__, [(at, arg) for arg, at in Calls.slots(native)]
     cells = [arg for _, args in calls for arg in args if isinstance(arg, c_void_p)]
 

@@ -89,7 +89,7 @@ DEPTHS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("policy", "how"), [
-    DEPTHS[0], pytest.param(*DEPTHS[1], marks=SLOW), DEPTHS[2], pytest.param(*DEPTHS[3], marks=SLOW)])
+    DEPTHS[0], *(pytest.param(*depths, marks=SLOW) for depths in DEPTHS[1:])])
 def test_mixture_of_depths(policy: str, how: dict[str, Any]) -> None:
     """gamma-MoD's decode: every token in every block, the feed-forward branch scaled, the position that of the block's own keys."""
     model, weight = llama(3), depth_router()

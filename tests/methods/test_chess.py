@@ -53,6 +53,7 @@ def test_q_and_o_read_what_exceeds_their_thresholds_and_k_and_v_read_everything(
         assert print_program(parse_program(compiled.ir(stage))) == compiled.ir(stage)
 
 
+@pytest.mark.slow
 def test_all_of_chess_and_nothing_of_it() -> None:
     data = [ids(24)]
     spec = {"*.mlp": cats.calibrate(model(), data, 0.0), "*_proj": chess.attention(model(), data, 0.0, "qkvo")}

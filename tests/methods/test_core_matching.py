@@ -245,6 +245,7 @@ def released_tokens(a: np.ndarray, span: tuple[int, int]) -> np.ndarray:
     return keep
 
 
+@pytest.mark.slow
 def test_the_release_zeroes_keys_and_skips_nothing() -> None:
     """And so it differs from the paper's definition: in what stays, in the lengths of the caches, in the tokens after the prompt."""
     from transformers import DynamicCache
