@@ -19,7 +19,7 @@ from sparsecc.ir.program import get_attr, make_module
 
 def to_aten(gm: fx.GraphModule) -> fx.GraphModule | None:
     """The same inputs, constants and outputs. Inputs know their fakes as "example_value"; every node of the result knows its own as "val".
-    None for a graph with parts of its own (branches, loops), which stays as it is."""
+    None for a graph that cannot be traced, such as one with branches: passes know linears by their torch names, too."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     consts = {str(node.target): get_attr(gm, str(node.target)) for node in gm.graph.nodes if node.op == "get_attr"}
     fakes = [value_of(node) for node in inputs]
@@ -27,10 +27,12 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule | None:
     tensors = {name: value for name, value in consts.items() if isinstance(value, torch.Tensor)}
     if mode is None or len(tensors) < len(consts):
         return None
-    with tracing(TracingContext(mode)), mode, torch.no_grad():
-        lifted = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors.values()]
-        run = _Run(gm, list(tensors))
-        traced = make_fx(run, pre_dispatch=True)(*lifted, *fakes)
+    try:
+        with tracing(TracingContext(mode)), mode, torch.no_grad():
+            lifted = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors.values()]
+            traced = make_fx(_Run(gm, list(tensors)), pre_dispatch=True)(*lifted, *fakes)
+    except Exception:  # whatever a torch function raises on values that are not there yet
+        return None
     return _renamed(traced, tensors, [node.name for node in inputs])
 
 

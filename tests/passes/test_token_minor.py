@@ -13,9 +13,9 @@ from sparsecc.ir.infer import infer
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import parse_program, print_program
 from sparsecc.passes.layout import Layout
-from sparsecc.runtime.chain import Batch
 from sparsecc.runtime.record import NotAView, Pool, Recorder, empty, span_of
 from sparsecc.runtime.tokens import token_output
+from sparsecc.runtime.varying import Batch
 
 B, S, F, H = 2, 40, 16, 4
 HEAD = f"""\
