@@ -63,7 +63,7 @@ def test_a_sparse_head_tied_to_the_embedding() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("batch", "dtype"), [(3, torch.float32), (1, torch.bfloat16)])
+@pytest.mark.parametrize(("batch", "dtype"), [pytest.param(3, torch.float32, marks=pytest.mark.slow), (1, torch.bfloat16)])
 def test_one_recording_serves_steps_of_all_lengths(batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with padding, a cache that was cut, and one whose tensors lie otherwise than kernels leave them."""
     model = llama_stack(64, 160, 2, heads=4, kv_heads=2, vocab=128)

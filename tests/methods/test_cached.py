@@ -69,7 +69,8 @@ def test_a_schedule_with_a_batch(keys: str) -> None:
     assert ("are keys" if keys == "all" else "are no keys") in str(decoder.prompt.explain())
 
 
-@pytest.mark.parametrize("bias", [0.0, pytest.param(-1e3, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("bias", [0.0, -1e3])
 def test_a_learned_router(bias: float) -> None:
     """Also where it keeps the protected tokens alone."""
     model, router = llama(3), ftp_router(bias=bias)

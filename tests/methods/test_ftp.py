@@ -24,6 +24,7 @@ def test_schedules_are_made_to_fit_the_budget() -> None:
     assert price(found) <= 0.7 and max(found) <= 0.9
 
 
+@pytest.mark.slow
 def test_the_search_spares_the_block_that_matters() -> None:
     model = llama_stack(32, 64, 3, heads=4, kv_heads=2, vocab=64)
     for name in ("o_proj", "q_proj"):
