@@ -88,6 +88,8 @@ def _rms_norm(program: Program, node: fx.Node) -> Site | None:
                 if not isinstance(wide, fx.Node) or wide.target is not aten.to.dtype or set(wide.users) != {square, scaled}:
                     continue
                 x, inside = wide.args[0], inside | {wide}
+                if value_of(user).dtype != value_of(x).dtype or value_of(wide).dtype != torch.float32:
+                    continue
             if has_tokens(x) and _is_vector(program, weight, x) and program.const(weight).shape == shape_of(x)[-1:]:
                 inside |= {scaled, rsqrt, plus, mean, square}
                 return _norm_site(node, x, weight, None, float(plus.args[1]), "rms", frozenset(inside))
@@ -130,6 +132,8 @@ def _gate(node: fx.Node) -> Site | None:
     """act(a) * b for values [..., S, F] of one shape; an activation may already be a linear's epilogue."""
     for a, b in factors(node):
         if a is b or not (has_tokens(a) and has_tokens(b)) or shape_of(a) != shape_of(b) or len(shape_of(a)) != 3:
+            continue
+        if value_of(a).dtype != value_of(b).dtype:
             continue
         name = activation_name(a) if a.target in ACTIVATION_TARGETS and only(a, a.target, node) else None
         if name is None and b.target in ACTIVATION_TARGETS:

@@ -46,9 +46,14 @@ class Caches:
     def length(self, tensors: Sequence[Tensor]) -> int:
         """Tokens that all of them hold; 0 if they differ, or don't lie as kernels want them for that."""
         caches, masks = [tensors[i] for i in self.caches], [tensors[i] for i in self.masks]
-        past = int(caches[0].shape[2])
-        fits = all(t.shape[2] == past and t.is_contiguous() for t in caches) and len({t.data_ptr() for t in caches}) == len(caches)
-        return past if fits and all(m.shape[-1] == past + self.new and m.is_contiguous() for m in masks) else 0
+        past, varying = int(caches[0].shape[2]), {*self.caches, *self.masks}
+        if any(t.shape[2] != past for t in caches) or any(m.shape[-1] != past + self.new for m in masks):
+            return 0
+        # Each alone in its memory: a replay finds arguments by the memory that they lie in.
+        starts = {t.data_ptr() for t in (*caches, *masks)}
+        alone = len(starts) == len(caches) + len(masks) and all(t.storage_offset() == 0 and t.is_contiguous() for t in (*caches, *masks))
+        others = (t.untyped_storage().data_ptr() for i, t in enumerate(tensors) if i not in varying)
+        return past if alone and not any(start in starts for start in others) else 0
 
     def key(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """What decides how kernels are called, but for the length."""

@@ -107,8 +107,17 @@ def test_one_recording_serves_steps_of_all_lengths(batch: int, dtype: torch.dtyp
         layer.keys = layer.keys.transpose(1, 2).contiguous().transpose(1, 2)
     step(13, 14)
     step(14, 15)
-    torch.set_num_threads(1)
+    for cache in (ours, theirs):  # keys and values as parts of one tensor, and then in another order
+        for layer in cache.layers:
+            both = torch.stack([layer.keys, layer.values])
+            layer.keys, layer.values = both[0], both[1]
     step(15, 16)
+    for cache in (ours, theirs):
+        for layer in cache.layers:
+            both = torch.stack([layer.values, layer.keys])
+            layer.values, layer.keys = both[0], both[1]
+    torch.set_num_threads(1)
+    step(16, 17)
 
 
 def test_without_a_cache_it_is_exported() -> None:

@@ -114,6 +114,13 @@ def test_a_gate(dtype: str) -> None:
     assert found(after(dtype, 1, *lines)) == ["gate"]
 
 
+def test_a_gate_of_two_dtypes_stays_torch() -> None:
+    lines = (f"u = {joint('x')}", f"a = aten.slice.Tensor(u, -1, 0, {F})", f"r = aten.slice.Tensor(u, -1, {F}, {2 * F})",
+             "b = aten.to.dtype(r, torch.float32)", "g = aten.silu.default(a)", "h = aten.mul.Tensor(g, b)",
+             "t = aten.to.dtype(h, torch.bfloat16)", f"y = {linear('t')}", "return (y,)")  # fmt: skip
+    assert found(after("bf16", 1, *lines)) == []
+
+
 def test_many_tokens_are_not_for_rows() -> None:
     assert found(after("f32", 9, *step("f32", 9))) == []
 
