@@ -30,7 +30,7 @@ class Problem:
     """One linear to store and run: its weight [N, K] with zeros in it, the formats that may hold it, and the call around it.
 
     `tokens`: M to tune for. `picture`: of what it is a convolution, if it is one: then some format is chosen, its dense code is in
-    `formats`, and the dense code to compare with is torch's convolution.
+    `formats`, and the dense code to compare with is torch's convolution. `layout`: "row", or "token" where x and y are token-minor.
     """
 
     name: str
@@ -40,11 +40,13 @@ class Problem:
     epilogue: str
     residual: bool
     picture: Picture | None = None
+    layout: str = "row"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What won: a format and the text of a configuration, or neither (dense). Times in seconds, by candidate."""
+    """What won: a format and the text of a configuration, or neither (dense). Times in seconds, by candidate, at `tokens` (those of the
+    problem if 0)."""
 
     format: Format | None
     config: str
@@ -54,6 +56,7 @@ class Choice:
     break_even: float | None
     reason: str
     alternatives: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

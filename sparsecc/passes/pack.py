@@ -23,8 +23,9 @@ from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program, Region
-from sparsecc.passes.context import Choice, Context, Picture, Problem
+from sparsecc.passes.context import Choice, Context, Picture, Problem, Tuner
 from sparsecc.passes.fuse import ACTIVATION_TARGETS, ADDS
+from sparsecc.passes.token_minor import TokenMinor
 
 aten = torch.ops.aten
 
@@ -54,14 +55,39 @@ class Pack:
     def run(self, program: Program, context: Any = None) -> None:
         if not isinstance(context, Context) or context.tuner is None:
             return
+        problems: dict[fx.Node, Problem] = {}
         for view in program.linears():
             if view.plain and program.is_const(view.params[0]):
                 picture = picture_of(view) if context.tuner.between is not None else None
                 if view.terms[0].pattern != ANY or picture is not None:
-                    _pack(program, view, context, picture)
+                    problem = _problem(program, view, context, picture)
+                    if problem is not None:
+                        problems[view.node] = problem
+        for node, choice in _choices(program, problems, context.tuner).items():
+            _store(program, LinearView(node), choice)
 
 
-def _pack(program: Program, view: LinearView, context: Context, picture: Picture | None) -> None:
+def _choices(program: Program, problems: dict[fx.Node, Problem], tuner: Tuner) -> dict[fx.Node, Choice]:
+    """The best for each, called as it will be. Where dense code stays, its neighbours' values are rows, and they are asked again."""
+    if tuner.between is None:
+        return {node: tuner.choose(problem) for node, problem in problems.items()}
+    packed, chosen = set(problems), {}
+    while True:
+        plan = TokenMinor.of(program, packed)
+        plan.settle()
+        chained = plan.chained()
+        for node, problem in problems.items():
+            layout = "token" if node in chained and problem.picture is None else "row"
+            if node not in chosen or chosen[node][0] != layout:
+                chosen[node] = layout, tuner.choose(replace(problem, layout=layout))
+        still = {node for node in packed if chosen[node][1].format is not None}
+        if still == packed:
+            return {node: choice for node, (_, choice) in chosen.items()}
+        packed = still
+
+
+def _problem(program: Program, view: LinearView, context: Context, picture: Picture | None) -> Problem | None:
+    """None where there is nothing to choose, which the region then says."""
     assert context.tuner is not None
     weight, pattern, region = program.const(view.params[0]), view.terms[0].zeros, program.region(view.node)
     name = region.weights[0].removesuffix(".weight") if region.weights else view.node.name
@@ -76,8 +102,12 @@ def _pack(program: Program, view: LinearView, context: Context, picture: Picture
                     "dense_bytes": weight.numel() * weight.element_size()}
     if not kept or tokens == 0:
         region.reason = "no tokens" if kept else f"no format holds it: {formats[0].refuses(weight)}"
-        return
-    choice = context.tuner.choose(Problem(name, weight, tuple(kept), tokens, view.epilogue, view.residual is not None, picture))
+        return None
+    return Problem(name, weight, tuple(kept), tokens, view.epilogue, view.residual is not None, picture)
+
+
+def _store(program: Program, view: LinearView, choice: Choice) -> None:
+    weight, region = program.const(view.params[0]), program.region(view.node)
     _note(region, choice)
     if choice.format is None:
         return
@@ -168,5 +198,6 @@ def _note(region: Region, choice: Choice) -> None:
     for key, value in (("predicted_us", choice.predicted), ("measured_us", choice.seconds), ("dense_us", choice.dense_seconds)):
         if value is not None:
             region.more[key] = 1e6 * value
+    region.more["m"] = choice.tokens or region.more["m"]
     region.more["break_even"] = choice.break_even
     region.more["config"] = choice.config

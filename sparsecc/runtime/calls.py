@@ -12,25 +12,31 @@ from torch import Tensor
 
 from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import FEW
+from sparsecc.codegen.tvm.tiles import SPAN
 from sparsecc.formats import Format
 from sparsecc.ir.image_ops import out_size
 from sparsecc.ir.ops import ACTIVATIONS, empty_output
 from sparsecc.passes.context import Picture, Problem, Tuner
+from sparsecc.runtime.record import Pool, Recorder
 
 FOOTPRINT, COPIES = 128 << 20, 64
 """Bytes of copies of a weight that is timed with a few tokens on a CPU, and how many copies at most."""
 
 
 class Call:
-    """The problem with made-up activations, on the weight's device: as the dense code runs it, as a candidate does, and in float64."""
+    """The problem with made-up activations, on the weight's device: as the dense code runs it, as a candidate does, and in float64.
+
+    Token-minor values lie as in a chain, in spans, here as so many sequences."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         N, K = problem.weight.shape
         random = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(*shape, generator=random).to(problem.weight)  # noqa: E731
-        self.x, self.bias = draw(problem.tokens, K), draw(N)
-        self.res = draw(problem.tokens, N) if problem.residual else None
+        spans = problem.tokens // SPAN if problem.layout == "token" and problem.tokens % SPAN == 0 else 1
+        lead = (problem.tokens,) if problem.layout == "row" else (spans, problem.tokens // spans)
+        self.x, self.bias = draw(*lead, K), draw(N)
+        self.res = draw(*lead, N) if problem.residual else None
         self.act = ACTIVATIONS[problem.epilogue].fn
         lossy = any(str(fmt.codec) != "f32" for fmt in problem.formats)
         self.rounding = 1e-2 if lossy or problem.weight.dtype != torch.float32 else 0.0
@@ -49,8 +55,12 @@ class Call:
         """A kernel on the packed weight."""
         weight, tokens = self.problem.weight, self.problem.tokens
         shape = (weight.shape[0], weight.shape[1])
-        _, made = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, "row", shape, to_text(config), weight.dtype, tokens)
+        layout = self.problem.layout
+        _, made = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, layout, shape, to_text(config), weight.dtype, tokens)
         kernel: Any = made
+        if layout == "token":
+            x, res = _minor(self.x), None if self.res is None else _minor(self.res)
+            return _replayed(kernel, x, list(fmt.pack(weight).values()), self.bias, res)
         turn = itertools.cycle(self._copies([array.to(weight.device) for array in fmt.pack(weight).values()]))
         kernel.prepare(tokens, weight.dtype)
         return lambda: kernel(self.x, next(turn), self.bias, self.res)
@@ -148,9 +158,29 @@ def _convolution(picture: Picture, x: Tensor, kernel: Tensor, bias: Tensor, grou
     return F.conv2d(x, kernel, bias, picture.window[2:], (top, left) if even else 0, groups=groups)
 
 
+def _replayed(kernel: Any, x: Tensor, params: list[Tensor], bias: Tensor, res: Tensor | None) -> Callable[[], Tensor]:
+    """The kernel as a chain runs it: sizes and memory are there."""
+    with Recorder(Pool()) as recorder:
+        y = kernel(x, params, bias, res)
+    calls, keep = recorder.calls, (recorder.pool, kernel, x, params, bias, res)
+    if recorder.foreign or len(calls) != 1:  # other dtypes are converted on the way
+        return lambda: kernel(x, params, bias, res)
+    (code, args), = calls
+
+    def run(keep: Any = keep) -> Tensor:
+        code(*args)
+        return y
+
+    return run
+
+
 def _pixels(picture: Tensor) -> Tensor:
-    """The token-minor sequence; what is behind its last pixel is zero, as kernels leave it."""
-    flat = picture.flatten(2).transpose(1, 2)
-    y = empty_output(flat, flat.shape[-1], "token")
+    """The token-minor sequence."""
+    return _minor(picture.flatten(2).transpose(1, 2))
+
+
+def _minor(value: Tensor) -> Tensor:
+    """The same, token-minor; what is behind the last token is zero, as kernels leave it."""
+    y = empty_output(value, value.shape[-1], "token")
     torch.as_strided(y, (y.untyped_storage().nbytes() // 4,), (1,)).zero_()
-    return y.copy_(flat)
+    return y.copy_(value)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,10 @@ WINS_BY = 0.97
 """A candidate replaces dense code only if it takes at most this fraction of its time: below that, noise decides."""
 
 
+TIMED = 512
+"""Tokens of a contest at most: from there on both sides take time in proportion to them, and chains run a few sequences at a time."""
+
+
 @dataclass
 class CpuTuner:
     """Chooses and makes kernels for one backend and number of threads. Equal layers are measured once."""
@@ -79,6 +83,8 @@ class CpuTuner:
 
     def choose(self, problem: Problem) -> Choice:
         """The fastest of the candidates and the dense code, from the cache if this was measured before."""
+        if problem.picture is None:
+            problem = replace(problem, tokens=min(problem.tokens, TIMED))
         candidates = self.candidates(problem)
         key = self._key(problem, candidates)
         found = self.cache.get(key)
@@ -90,7 +96,7 @@ class CpuTuner:
             if self.effort != "none" and not any(_failed(r) for r in results):
                 self.cache.put(key, found)
         self.on_choice(problem.name)
-        return self._choice(problem, [Result(**r) for r in found["results"]], candidates)
+        return replace(self._choice(problem, [Result(**r) for r in found["results"]], candidates), tokens=problem.tokens)
 
     def predicted(self, problem: Problem) -> float:
         """Seconds by the cost model, of the best candidate or the dense code."""
@@ -277,13 +283,14 @@ class CpuTuner:
         return Choice(None, "", sparse.predicted, sparse.seconds, dense.seconds, even, reason, times)
 
     def _key(self, problem: Problem, candidates: dict[str, tuple[Format, CpuConfig]]) -> str:
-        """Equal for layers that would be measured alike: shape, candidates, density to 2 %, call, machine, code."""
-        N, K = problem.weight.shape
+        """Equal for layers that would be measured alike: shape (large ones to whole vectors: dead neurons leave each layer a size of its
+        own), candidates, density to 2 %, call, machine, code."""
+        N, K = (size if size < 256 else -(-size // 16) * 16 for size in problem.weight.shape)
         density = round(50 * int(problem.weight.count_nonzero()) / max(1, problem.weight.numel()))
         machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
         digest = hashlib.sha256(f"{list(candidates)} {machine} {self.effort}".encode()).hexdigest()[:16]
         tokens = problem.tokens if problem.tokens <= 2 else 2 ** math.ceil(math.log2(problem.tokens))
-        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}{problem.picture or ''}"
+        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}{problem.picture or ''} {problem.layout}"
         return f"{N}x{K} {problem.weight.dtype} M={tokens} kept={density / 50:.2f} {call} {digest}"
 
 

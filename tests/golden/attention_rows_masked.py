@@ -80,47 +80,41 @@ def attention_rows(q_h: T.handle("float32"), k_h: T.handle("float32"), v_h: T.ha
                     p[count + j] = T.float32("-inf")
                 highest_7: T.let = T.if_then_else(top[0] == T.float32("-inf"), T.float32(0), top[0])
                 v_8: T.let = T.broadcast(fade[0] - highest_7, 4)
-                e_9: T.let = v_8
-                sum_10: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", e_9, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
-                n_11: T.let = sum_10 - T.broadcast(T.float32(12583039.0), 4)
-                r_12: T.let = e_9 - n_11 * T.broadcast(T.float32(0.693359375), 4) + n_11 * T.broadcast(T.float32(0.00021219444), 4)
-                power_13: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_10), T.broadcast(T.int32(23), 4)))
-                p_14: T.let = T.broadcast(T.float32(0.0013888889225199819), 4) * r_12 + T.broadcast(T.float32(0.008333350531756878), 4)
-                p_15: T.let = p_14 * r_12 + T.broadcast(T.float32(0.04166654497385025), 4)
-                p_16: T.let = p_15 * r_12 + T.broadcast(T.float32(0.1666666716337204), 4)
-                p_17: T.let = p_16 * r_12 + T.broadcast(T.float32(0.5), 4)
-                p_18: T.let = p_17 * r_12 + T.broadcast(T.float32(1.0), 4)
-                p_19: T.let = p_18 * r_12 + T.broadcast(T.float32(1.0), 4)
-                exp_20: T.let = p_19 * power_13
-                p_21: T.let = T.Select(v_8 < T.broadcast(T.float32(-87.0), 4), T.broadcast(T.float32(0.0), 4), exp_20)
+                sum_9: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", v_8, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
+                r_10: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", v_8, T.broadcast(T.float32(1.4426950408889634), 4), (T.broadcast(T.float32(0.0), 4) - (sum_9 - T.broadcast(T.float32(12583039.0), 4))))
+                p_11: T.let = T.broadcast(T.float32(0.0013264728477224708), 4) * r_10 + T.broadcast(T.float32(0.009671513922512531), 4)
+                p_12: T.let = p_11 * r_10 + T.broadcast(T.float32(0.05550733581185341), 4)
+                p_13: T.let = p_12 * r_10 + T.broadcast(T.float32(0.24022242426872253), 4)
+                p_14: T.let = p_13 * r_10 + T.broadcast(T.float32(0.6931470036506653), 4)
+                p_15: T.let = p_14 * r_10 + T.broadcast(T.float32(1.0), 4)
+                power_16: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_9), T.broadcast(T.int32(23), 4)))
+                exp_17: T.let = p_15 * power_16
+                p_18: T.let = T.Select(v_8 < T.broadcast(T.float32(-87.0), 4), T.broadcast(T.float32(0.0), 4), exp_17)
                 fades = T.alloc_buffer((4,), "float32", scope="global")
-                fades[T.ramp(0, 1, 4)] = p_21
+                fades[T.ramp(0, 1, 4)] = p_18
                 fade[0] = fades[0]
                 sum[0] = sum[0] * fade[0]
                 for j in range((count + 3) // 4):
-                    v_22: T.let = p[T.ramp(j * 4, 1, 4)] - T.broadcast(highest_7, 4)
-                    e_23: T.let = v_22
-                    sum_24: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", e_23, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
-                    n_25: T.let = sum_24 - T.broadcast(T.float32(12583039.0), 4)
-                    r_26: T.let = e_23 - n_25 * T.broadcast(T.float32(0.693359375), 4) + n_25 * T.broadcast(T.float32(0.00021219444), 4)
-                    power_27: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_24), T.broadcast(T.int32(23), 4)))
-                    p_28: T.let = T.broadcast(T.float32(0.0013888889225199819), 4) * r_26 + T.broadcast(T.float32(0.008333350531756878), 4)
-                    p_29: T.let = p_28 * r_26 + T.broadcast(T.float32(0.04166654497385025), 4)
-                    p_30: T.let = p_29 * r_26 + T.broadcast(T.float32(0.1666666716337204), 4)
-                    p_31: T.let = p_30 * r_26 + T.broadcast(T.float32(0.5), 4)
-                    p_32: T.let = p_31 * r_26 + T.broadcast(T.float32(1.0), 4)
-                    p_33: T.let = p_32 * r_26 + T.broadcast(T.float32(1.0), 4)
-                    exp_34: T.let = p_33 * power_27
-                    p_35: T.let = T.Select(v_22 < T.broadcast(T.float32(-87.0), 4), T.broadcast(T.float32(0.0), 4), exp_34)
-                    p[T.ramp(j * 4, 1, 4)] = p_35
-                    half_36: T.let = p_35
-                    half_37: T.let = T.Shuffle([half_36], [0, 1]) + T.Shuffle([half_36], [2, 3])
-                    sum[0] = sum[0] + T.Shuffle([half_37], [0]) + T.Shuffle([half_37], [1])
+                    v_19: T.let = p[T.ramp(j * 4, 1, 4)] - T.broadcast(highest_7, 4)
+                    sum_20: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", v_19, T.broadcast(T.float32(1.4426950408889634), 4), T.broadcast(T.float32(12583039.0), 4))
+                    r_21: T.let = T.call_llvm_pure_intrin("float32x4", "llvm.fmuladd", v_19, T.broadcast(T.float32(1.4426950408889634), 4), (T.broadcast(T.float32(0.0), 4) - (sum_20 - T.broadcast(T.float32(12583039.0), 4))))
+                    p_22: T.let = T.broadcast(T.float32(0.0013264728477224708), 4) * r_21 + T.broadcast(T.float32(0.009671513922512531), 4)
+                    p_23: T.let = p_22 * r_21 + T.broadcast(T.float32(0.05550733581185341), 4)
+                    p_24: T.let = p_23 * r_21 + T.broadcast(T.float32(0.24022242426872253), 4)
+                    p_25: T.let = p_24 * r_21 + T.broadcast(T.float32(0.6931470036506653), 4)
+                    p_26: T.let = p_25 * r_21 + T.broadcast(T.float32(1.0), 4)
+                    power_27: T.let = T.reinterpret("float32x4", T.shift_left(T.reinterpret("int32x4", sum_20), T.broadcast(T.int32(23), 4)))
+                    exp_28: T.let = p_26 * power_27
+                    p_29: T.let = T.Select(v_19 < T.broadcast(T.float32(-87.0), 4), T.broadcast(T.float32(0.0), 4), exp_28)
+                    p[T.ramp(j * 4, 1, 4)] = p_29
+                    half_30: T.let = p_29
+                    half_31: T.let = T.Shuffle([half_30], [0, 1]) + T.Shuffle([half_30], [2, 3])
+                    sum[0] = sum[0] + T.Shuffle([half_31], [0]) + T.Shuffle([half_31], [1])
                 out[T.ramp(0, 1, 4)] = out[T.ramp(0, 1, 4)] * T.broadcast(fade[0], 4)
                 out[T.ramp(4, 1, 2)] = out[T.ramp(4, 1, 2)] * T.broadcast(fade[0], 2)
                 for j in range(count):
                     out[T.ramp(0, 1, 4)] = out[T.ramp(0, 1, 4)] + T.broadcast(p[j], 4) * v[T.ramp(vt + (key + j) * v_token + 0, 1, 4)]
                     out[T.ramp(4, 1, 2)] = out[T.ramp(4, 1, 2)] + T.broadcast(p[j], 2) * v[T.ramp(vt + (key + j) * v_token + 4, 1, 2)]
-            share_38: T.let = T.if_then_else(sum[0] == T.float32(0), T.float32(0), T.float32(1) / sum[0])
-            y[T.ramp(row * 6 + 0, 1, 4)] = out[T.ramp(0, 1, 4)] * T.broadcast(share_38, 4)
-            y[T.ramp(row * 6 + 4, 1, 2)] = out[T.ramp(4, 1, 2)] * T.broadcast(share_38, 2)
+            share_32: T.let = T.if_then_else(sum[0] == T.float32(0), T.float32(0), T.float32(1) / sum[0])
+            y[T.ramp(row * 6 + 0, 1, 4)] = out[T.ramp(0, 1, 4)] * T.broadcast(share_32, 4)
+            y[T.ramp(row * 6 + 4, 1, 2)] = out[T.ramp(4, 1, 2)] * T.broadcast(share_32, 2)

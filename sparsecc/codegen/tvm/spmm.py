@@ -17,6 +17,8 @@ written where they are, and a plain matrix is one sequence.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsecc.codegen.kernel import KernelSpec
@@ -31,6 +33,10 @@ INTS = ("S", "N", "tiles", "per", "x_stride", "x_span", "x_batch", "y_stride", "
 """Scalar arguments. S: tokens per sequence; tiles: of all sequences; per: of one. x_stride, x_span, x_batch: between features, spans of
 tokens (see `tiles`) and sequences of x; y_stride, res_stride: between tokens (layout "row") or features ("token"); those of spans and
 sequences serve "token" only. Per term follow C{t} (coordinates per parent) and P{t} (panels)."""
+
+
+CHAINS = 8
+"""Vectors of an epilogue that are computed side by side."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,9 @@ def _write_term(w: Writer, spec: KernelSpec, t: int, tile: Tile, unroll: int, re
         residual = spec.residual and spec.layout == "token"
         if t == len(spec.formats) - 1 and (spec.epilogue or residual):
             with w.block_if(panels, f"if p{t} == P{t} - 1:"):
-                for first in firsts:
-                    _write_end(w, spec, tile, first, rows, residual)
+                group = 1 if rows > 1 or spec.ragged else max(1, CHAINS // tile.vectors)
+                for i in range(0, len(firsts), group):
+                    _write_end(w, spec, tile, firsts[i : i + group], rows, residual)
 
 
 def _guard(w: Writer, spec: KernelSpec, row: str, b: int):
@@ -170,11 +177,15 @@ def _write_products(
     write_entries(w, fmt, t, f"parent{t}", f"C{t}", 1 if bc > 4 else unroll, sets if bc == 1 else 1, block)
 
 
-def _write_end(w: Writer, spec: KernelSpec, tile: Tile, row: str, rows: int, residual: bool) -> None:
-    with w.block(f"for e_row in range(T.min(T.int64({rows}), N - ({row}))):"):
-        outs = [tile.out(f"{row} + e_row", r) for r in range(tile.vectors)]
+def _write_end(w: Writer, spec: KernelSpec, tile: Tile, firsts: Sequence[str], rows: int, residual: bool) -> None:
+    # What goes through the epilogue together: one vector is a chain of dependent instructions, and several chains fill the core.
+    together = 1 if spec.ragged else math.gcd(rows, max(1, CHAINS // tile.vectors))
+    with w.block(f"for e_row in range({f'T.min(T.int64({rows}), N - ({firsts[0]}))' if spec.ragged else rows // together}):"):
+        at = [f"{first} + e_row * {together} + {i}" for first in firsts for i in range(together)]
+        places = [(row, r) for row in at for r in range(tile.vectors)]
+        outs = [tile.out(row, r) for row, r in places]
         results = write_activation(w, spec.epilogue, outs, tile.lanes) if spec.epilogue else outs
-        for r, (out, result) in enumerate(zip(outs, results, strict=True)):
-            at = f"rt + ({row} + e_row) * res_stride + {tile.offset} + {r * tile.lanes}"
-            plus = f" + {vec('res', at, tile.lanes)}" if residual else ""
+        for (row, r), out, result in zip(places, outs, results, strict=True):
+            start = f"rt + ({row}) * res_stride + {tile.offset} + {r * tile.lanes}"
+            plus = f" + {vec('res', start, tile.lanes)}" if residual else ""
             w(f"{out} = {result}{plus}")
