@@ -24,6 +24,17 @@ from sparsecc.codegen.tvm.tiles import pack_rows_source, pack_tokens_source
 from sparsecc.debug import cache_dir
 from sparsecc.formats import Bitmap, Compressed, PackedNM, Sell, Shared
 
+IDLE = [
+    "s_tir.CompactBufferAllocation",
+    "s_tir.HoistIfThenElse",
+    "s_tir.InsertHoistIfThenElse",
+    "s_tir.InjectPermutedLayout",
+    "s_tir.InjectVirtualThread",
+    "s_tir.RenormalizeSplitPattern",
+    "tirx.RemoveNoOp",
+]
+"""Passes of TVM that take a tenth of a kernel's time and change nothing in one, see `tests/codegen/test_script.py`."""
+
 _LOCK = threading.Lock()
 _LOADED: dict[tuple[Isa, str], Callable[..., Any]] = {}
 
@@ -146,12 +157,12 @@ def _load(source: str, isa: Isa) -> Callable[..., Any]:
     if found is not None:
         return found
     import tvm
-    from tvm.script import from_source
-    from tvm.script import tirx as T
 
     from sparsecc.codegen.tvm.pool import install
+    from sparsecc.codegen.tvm.script import read
 
-    built: Any = tvm.compile(from_source(source, extra_vars={"T": T}), target=isa.target())
+    with tvm.transform.PassContext(disabled_pass=IDLE):
+        built: Any = tvm.compile(read(source), target=isa.target())
     module = getattr(built, "mod", built)
     if stored:
         native.store(module, stored)

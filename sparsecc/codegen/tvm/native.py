@@ -118,7 +118,8 @@ def store(module: Any, path: Path) -> None:
         kernel, launcher, library = (Path(folder) / name for name in ("kernel.o", "launcher.o", "kernel.so"))
         module.write_to_file(str(kernel), "o")
         launcher.write_bytes(_launcher())
-        subprocess.run([compiler, "-shared", "-o", library, kernel, launcher], check=True, capture_output=True)
+        # Start-up files and libraries would take most of the time: kernels need what every process has loaded, and OpenMP.
+        subprocess.run([compiler, "-shared", "-nostdlib", "-o", library, kernel, launcher], check=True, capture_output=True)
         text = library.read_bytes()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
