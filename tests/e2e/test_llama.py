@@ -65,7 +65,7 @@ def test_a_sparse_head_tied_to_the_embedding() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("batch", "dtype"), [pytest.param(3, torch.float32, marks=pytest.mark.slow), (1, torch.bfloat16)])
 def test_one_recording_serves_steps_of_all_lengths(batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with padding, a cache that was cut, and one whose tensors lie otherwise than kernels leave them."""
+    """Also with padding, a cache that was cut, and those whose tensors lie otherwise than kernels leave them, or in one memory."""
     model = llama_stack(64, 160, 2, heads=4, kv_heads=2, vocab=128)
     spec = {"*": "unstructured(0.5)", "lm_head": "unstructured(0.5)"}
     sparsecc.prune(model, spec, exclude=())
@@ -92,32 +92,38 @@ def test_one_recording_serves_steps_of_all_lengths(batch: int, dtype: torch.dtyp
             torch.testing.assert_close(a.keys, b.keys, rtol=0.02, atol=0.02)
             assert a.values.shape == b.values.shape
 
+    def place(together: bool) -> None:
+        """Keys and values become parts of one tensor, or of one each; neither begins it."""
+        for layer in (*ours.layers, *theirs.layers):
+            keys, values, other = layer.keys, layer.values, torch.full_like(layer.keys, 100.0)
+            _, layer.keys, layer.values = torch.stack([other, keys, values])
+            if not together:
+                layer.keys, layer.values = torch.stack([other, keys])[1], torch.stack([other, other, values])[2]
+
     step(0, 9)
+    step(9, 10)  # makes things that are not kernels' own; the next is recorded
+    for at, together in ((10, True), (11, False), (12, True)):
+        place(together)
+        step(at, at + 1)
     recorded.clear()
-    for at in range(9, 16):
+    for at in range(13, 18):
         step(at, at + 1)
     text = compiled.ir("rows", graph=1)
     assert [text.count(f"sparsecc.{name}(") for name in ("norm", "rotary", "append", "attention", "gate")] == [5, 4, 4, 2, 2]
-    assert len(recorded) <= 2  # the first may make things that are not kernels' own
+    assert len(recorded) == 1
     for layer in (*ours.layers, *theirs.layers):
         layer.keys, layer.values = (t[:, :, :12].clone() for t in (layer.keys, layer.values))
     step(12, 13)
-    assert len(recorded) <= 2
+    assert len(recorded) == 1
     for layer in ours.layers:
         layer.keys = layer.keys.transpose(1, 2).contiguous().transpose(1, 2)
     step(13, 14)
     step(14, 15)
-    for cache in (ours, theirs):  # keys and values as parts of one tensor, and then in another order
-        for layer in cache.layers:
-            both = torch.stack([layer.keys, layer.values])
-            layer.keys, layer.values = both[0], both[1]
-    step(15, 16)
-    for cache in (ours, theirs):
-        for layer in cache.layers:
-            both = torch.stack([layer.values, layer.keys])
-            layer.values, layer.keys = both[0], both[1]
+    for at, together in ((15, True), (16, False)):
+        place(together)
+        step(at, at + 1)
     torch.set_num_threads(1)
-    step(16, 17)
+    step(17, 18)
 
 
 def test_without_a_cache_it_is_exported() -> None:
