@@ -9,7 +9,9 @@
     hide_keys(mask, idx)                  the mask of an attention among them
     scatter_kept(x, idx, y)               x with their rows replaced
     earlier(idx, x)                       the keys of all tokens that kept ones see        i32[B, K] -> bool[B, 1, K, S]
-    trim_keys(x, idx)                     keys without those that stand for nothing        [1, G, K, D] -> [1, G, n, D]
+    trim_keys(x, idx)                     keys without columns that stand for nothing      [B, G, K, D] -> [B, G, n, D]
+    shown_keys(x, idx)                    which of a cache's keys are tokens               [B, G, n, D] -> bool[B, n]
+    numbered(idx, mask)                   places of each row's first tokens                i32[B, K] -> i32[B, K]
 
 Scores of tokens are probabilities or anything else that is finite; +inf stands for a token that is kept whatever the policy says, -inf for
 padding, which no policy keeps. Rows of a batch may keep different numbers of tokens: `idx` has the largest of them, rounded up to whole
@@ -143,12 +145,20 @@ def token_gate_fake(h: Tensor, weight: Tensor, like: Tensor) -> Tensor:
 
 
 def eligible(p: Tensor, mask: Tensor | None, first: int | None, end: int | None) -> Tensor:
-    """Scores f32[B, S]: p where a token competes, which those of the slice [first:end] do, +inf for the others, -inf for padding."""
-    S = p.shape[1]
-    low, high, _ = slice(first, end).indices(S)
-    at = torch.arange(S, device=p.device)
-    p = torch.where((at < low) | (at >= high), torch.inf, p)
-    return torch.where(real_tokens(mask, *p.shape, p.device), p, -torch.inf)  # type: ignore[call-arg]
+    """Scores f32[B, S]: p where a token competes, which those of the slice [first:end] of a row's tokens do, +inf for the others, -inf for
+    padding."""
+    real = real_tokens(mask, *p.shape, p.device)  # type: ignore[call-arg]
+    if first is not None or end is not None:
+        place, number = real.cumsum(-1) - 1, real.sum(-1, keepdim=True)
+        low, high = (_bound(number, v, default) for v, default in ((first, 0), (end, p.shape[1])))
+        p = torch.where((place < low) | (place >= high), torch.inf, p)
+    return torch.where(real, p, -torch.inf)
+
+
+def _bound(number: Tensor, at: int | None, default: int) -> Tensor:
+    """The end of a slice of as many tokens as each row has, [B, 1]."""
+    at = default if at is None else at
+    return torch.full_like(number, at) if at >= 0 else (number + at).clamp_min(0)
 
 
 def eligible_fake(p: Tensor, mask: Tensor | None, first: int | None, end: int | None) -> Tensor:
@@ -244,16 +254,36 @@ def earlier_fake(idx: Tensor, x: Tensor) -> Tensor:
 
 
 def trim_keys(x: Tensor, idx: Tensor) -> Tensor:
-    """x [1, G, K, D] without the rows where idx i32[1, K] is -1, which may be all. Raises SelectionError for a batch, of which each
-    sequence has another number."""
-    if idx.shape[0] != 1:
-        raise SelectionError(f"a batch of {idx.shape[0]} prompts, of which each keeps keys of another number of tokens: give one at a time")
-    return x[:, :, : int((idx >= 0).sum())].clone(memory_format=torch.contiguous_format)
+    """x [B, G, K, D] without the columns for which idx i32[B, K] is -1 in all rows, which may be all of them."""
+    return x[:, :, : int((idx >= 0).sum(-1).max())].clone(memory_format=torch.contiguous_format)
 
 
 def trim_keys_fake(x: Tensor, idx: Tensor) -> Tensor:
     """A size of its own."""
     return x.new_empty((*x.shape[:2], torch.library.get_ctx().new_dynamic_size(min=0), x.shape[3]))
+
+
+def shown_keys(x: Tensor, idx: Tensor) -> Tensor:
+    """bool[B, n] for keys x [B, G, n, D] of the tokens idx i32[B, K >= n], -1 where they stand for none; or of those that bool[B, K] says."""
+    idx = idx[:, : x.shape[2]]
+    return idx.clone() if idx.dtype == torch.bool else idx >= 0
+
+
+def shown_keys_fake(x: Tensor, idx: Tensor) -> Tensor:
+    """Shape and dtype of the result."""
+    return idx.new_empty((x.shape[0], x.shape[2]), dtype=torch.bool)
+
+
+def numbered(idx: Tensor, mask: Tensor) -> Tensor:
+    """i32[B, K], places of the first K tokens of each row that the mask [B or 1, 1 or H, S, S] does not hide, then of padding: where
+    tokens idx i32[B, K] would stand if they were all that there are."""
+    real = real_tokens(mask, idx.shape[0], mask.shape[-1], idx.device)
+    return (~real).to(torch.uint8).sort(-1, stable=True).indices[:, : idx.shape[1]].int()
+
+
+def numbered_fake(idx: Tensor, mask: Tensor) -> Tensor:
+    """Shape and dtype of the result."""
+    return torch.empty_like(idx)
 
 
 def _define(name: str, schema: str, meaning: Any, fake: Any) -> Any:
@@ -273,4 +303,6 @@ HIDE_KEYS = _define("hide_keys", "(Tensor? mask, Tensor idx) -> Tensor", hide_ke
 SCATTER_KEPT = _define("scatter_kept", "(Tensor x, Tensor idx, Tensor y) -> Tensor", scatter_kept, scatter_kept_fake)
 EARLIER = _define("earlier", "(Tensor idx, Tensor x) -> Tensor", earlier, earlier_fake)
 TRIM = _define("trim_keys", "(Tensor x, Tensor idx) -> Tensor", trim_keys, trim_keys_fake)
+SHOWN = _define("shown_keys", "(Tensor x, Tensor idx) -> Tensor", shown_keys, shown_keys_fake)
+NUMBERED = _define("numbered", "(Tensor idx, Tensor mask) -> Tensor", numbered, numbered_fake)
 """The overloads that stand in graphs."""

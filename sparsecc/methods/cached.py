@@ -7,12 +7,14 @@
 
 FTP, mixture-of-depths and CoreMatching (`core_matching.py`) run so. A prompt and a token are a captured graph each, whose outputs are the
 logits of the last token and the tensors of the cache. The model's own cache object is none of them: its masks would be as long as the first
-block's keys.
+block's keys. Prompts of different lengths, and those of which blocks keep different numbers of tokens, have graphs of their own, in which
+each block has a mask of its keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,44 +23,65 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sparsecc.compile import compile
-from sparsecc.errors import SelectionError, SpecError
+from sparsecc.errors import CaptureError, SelectionError, SpecError
+from sparsecc.ir.route_ops import SHOWN
 from sparsecc.runtime.module import CompiledModule
-from sparsecc.skipping import Tokens
+from sparsecc.skipping import Neurons, Tokens
 
-INPUTS = ("input_ids", "pixel_values")
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
 """What a prompt may have."""
 
 
 @dataclass(frozen=True)
 class State:
     """After a prompt or a token: logits f32[B, 1, V] of the last one, keys and values [B, H, n_l, D] of each block l, and the position that
-    comes next."""
+    comes next.
+
+    Of rows that differ: shown bool[B, n_l], which of a block's keys are tokens of the row, and missing i64[B, 1], by how many tokens the row
+    is shorter than the longest one, whose position is `position`."""
 
     logits: Tensor
     keys: list[Tensor]
     values: list[Tensor]
     position: int
+    shown: list[Tensor] | None = None
+    missing: Tensor | None = None
+
+    @property
+    def lengths(self) -> list[Tensor]:
+        """i64[B] of each block: how many keys each row has."""
+        if self.shown is not None:
+            return [one.sum(-1) for one in self.shown]
+        return [torch.full((len(one),), one.shape[2]) for one in self.keys]
 
 
 class Prompt(nn.Module):
-    """model(prompt) -> logits of its last token, and the cache's tensors."""
+    """model(prompt) -> logits of its last token, and the cache's tensors; with a mask [B, S] of tokens, padding in front of them, also which
+    keys of each block are tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.eval()
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None) -> tuple[Any, ...]:
         from transformers import DynamicCache
 
-        pictures = {} if pixel_values is None else {"pixel_values": pixel_values}
+        given = {} if pixel_values is None else {"pixel_values": pixel_values}
+        if attention_mask is not None:
+            given |= {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
         cache: Any = DynamicCache()
-        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures)
-        return out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
+        made = out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        if attention_mask is None:
+            return made
+        real = attention_mask != 0
+        return *made, [SHOWN(layer.keys, real) for layer in cache.layers]
 
 
 class Token(nn.Module):
-    """model(one token, its position, the cache's tensors) -> its logits, and the tensors with its own rows."""
+    """model(one token, its position, the cache's tensors) -> its logits, and the tensors with its own rows. `masks` bool[B, 1, 1, n_l + 1]:
+    the keys of each block that the token sees, its own too; all of them without."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -66,7 +89,7 @@ class Token(nn.Module):
         self.eval()
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, keys: list[Tensor], values: list[Tensor]
+        self, input_ids: Tensor, position_ids: Tensor, keys: list[Tensor], values: list[Tensor], masks: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
@@ -79,17 +102,39 @@ class Token(nn.Module):
             cache.layers.append(layer)
         # A mask of the usual form would be as long as the first block's keys; this one lets the token see whatever a block has.
         seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-        out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=seen, past_key_values=cache, use_cache=True)
+        with _masked(self.model, masks):
+            out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=seen, past_key_values=cache, use_cache=True)
         return out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+
+
+@contextmanager
+def _masked(model: nn.Module, masks: list[Tensor] | None) -> Iterator[None]:
+    """While it lasts, each attention has the mask of its own layer. Raises CaptureError where a layer's attention takes none by name."""
+    seen: set[int] = set()
+
+    def replaced(module: Any, args: Any, kwargs: Any) -> Any:
+        if masks is None or "attention_mask" not in kwargs:
+            return None
+        seen.add(module.layer_idx)
+        return args, kwargs | {"attention_mask": masks[module.layer_idx]}
+
+    with ExitStack() as stack:
+        for module in model.modules() if masks is not None else ():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                handle = module.register_forward_pre_hook(replaced, with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+    if masks is not None and seen != set(range(len(masks))):
+        raise CaptureError(f"{type(model).__name__}: its attention takes no attention_mask by name: give prompts of one length, or one at a time")
 
 
 class Cached:
     """A decoder of transformers that attends to the whole prompt, compiled for prompts and for single tokens after them.
 
-    sparsity: a dict as `compile` takes it. example_inputs: of a prompt: input_ids i64[B, S], S >= 2, for a vision-language model with
-    pixel_values; later prompts may be of another length. Prompts are not padded; where the number of tokens that a block keeps depends on
-    their scores, they come one at a time. Other options are those of `compile`. `prompt` and `token` are the compiled modules, for
-    `explain()`. Raises SpecError, SelectionError, CaptureError.
+    sparsity: a dict as `compile` takes it. example_inputs: of a prompt: input_ids i64[B, S], S >= 2, attention_mask [B, S] for prompts of
+    different lengths (padding may stand anywhere), for a vision-language model with pixel_values. Later prompts may be of another length.
+    Every row keeps the tokens that it would keep alone. Other options are those of `compile`. `prompt` and `token` are the compiled
+    modules, for `explain()`. Raises SpecError, SelectionError, CaptureError.
     """
 
     def __init__(
@@ -97,29 +142,38 @@ class Cached:
         **options: Any,
     ) -> None:
         _require_whole_attention(model)
-        rules = None if sparsity is None else {glob: cached(rule) for glob, rule in sparsity.items()}
-        inputs = self._checked(example_inputs)
-        shapes: Any = {name: {1: Dim.AUTO} if name == "input_ids" else None for name in inputs}
-        self.prompt: CompiledModule = compile(Prompt(model), target, rules, inputs, shapes, **options)
-        state = self.prefill(**inputs)
-        past: Any = [{2: Dim.AUTO} for _ in state.keys]
-        shapes = {"input_ids": None, "position_ids": None, "keys": past, "values": past}
-        # Captured at its first call: blocks with one key, or none, have a graph of their own.
-        self.token: CompiledModule = compile(Token(model), target, rules, None, shapes, **options)
+        self.model, self.target, self.options = model, target, options
+        self.rules = None if sparsity is None else {glob: cached(rule) for glob, rule in sparsity.items()}
+        self.prompts: dict[bool, CompiledModule] = {}
+        self.tokens: dict[bool, CompiledModule] = {}
+        """By whether rows differ."""
+        state = self.prefill(**example_inputs)
         self.step(state.logits.argmax(-1), state)
+        self.prompt, self.token = (found[state.shown is not None] for found in (self.prompts, self.tokens))
 
     def prefill(self, **inputs: Tensor) -> State:
-        """The prompt. Raises SelectionError for one of a single token, NaN scores, and a batch of which each prompt keeps other tokens."""
+        """The prompt. Raises SelectionError for one of a single token, NaN scores, and a mask that shows no token of a row."""
         given = self._checked(inputs)
-        logits, keys, values = self.prompt(**given)
+        mask = given.get("attention_mask")
+        logits, keys, values, *shown = self._prompt(given)(**given)
         keys, values = ([t.contiguous() for t in part] for part in (keys, values))  # as later ones lie, which one graph is made for
-        return State(logits, keys, values, given["input_ids"].shape[1])
+        length = given["input_ids"].shape[1]
+        if mask is None:
+            return State(logits, keys, values, length)
+        return State(logits, keys, values, length, _once(shown[0]), length - mask.sum(-1, keepdim=True))
 
     def step(self, token: Tensor, state: State) -> State:
         """One more token i64[B, 1] after a state of the latest prompt."""
         place = torch.full(token.shape, state.position, dtype=torch.long, device=token.device)
-        logits, keys, values = self.token(input_ids=token, position_ids=place, keys=state.keys, values=state.values)
-        return State(logits, list(keys), list(values), state.position + 1)
+        given: dict[str, Any] = {"input_ids": token, "position_ids": place, "keys": state.keys, "values": state.values}
+        shown = None
+        if state.shown is not None and state.missing is not None:
+            own = torch.ones_like(token, dtype=torch.bool)
+            longer = {id(one): torch.cat([one, own], 1) for one in state.shown}
+            shown = [longer[id(one)] for one in state.shown]
+            given |= {"position_ids": place - state.missing, "masks": [one[:, None, None] for one in shown]}
+        logits, keys, values = self._token(given)(**given)
+        return State(logits, list(keys), list(values), state.position + 1, shown, state.missing)
 
     def generate(self, count: int, **inputs: Tensor) -> Tensor:
         """The next `count` tokens i64[B, count], each the most likely one."""
@@ -130,17 +184,63 @@ class Cached:
             tokens.append(state.logits.argmax(-1))
         return torch.cat(tokens, 1)
 
+    def _prompt(self, given: Mapping[str, Tensor]) -> CompiledModule:
+        """The graph for prompts like this one."""
+        differ = "attention_mask" in given
+        if differ not in self.prompts:
+            shapes: Any = {name: {1: Dim.AUTO} if value.ndim == 2 else None for name, value in given.items()}
+            self.prompts[differ] = compile(Prompt(self.model), self.target, self.rules, given, shapes, **self.options)
+        return self.prompts[differ]
+
+    def _token(self, given: Mapping[str, Any]) -> CompiledModule:
+        """The graph for tokens like this one, captured at its first call: blocks with one key, or none, have a graph of their own."""
+        differ = "masks" in given
+        if differ not in self.tokens:
+            lists = {"keys": 2, "values": 2, "masks": 3}  # the dimension that grows
+            shapes: Any = {name: [{lists[name]: Dim.AUTO} for _ in value] if name in lists else None for name, value in given.items()}
+            self.tokens[differ] = compile(Token(self.model), self.target, self.rules, None, shapes, **self.options)
+        return self.tokens[differ]
+
     def _checked(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A prompt's inputs. Raises SpecError for others than those that graphs take, SelectionError for a shape that nothing can leave."""
+        """A prompt's inputs, padding in front; a mask only where rows differ, or may keep different numbers of tokens. Raises SpecError for
+        others than those that graphs take, SelectionError for a shape that nothing can leave."""
         name = type(self).__name__
         if unknown := set(inputs) - set(INPUTS):
-            raise SpecError(f"{name} takes {' and '.join(INPUTS)}, not {', '.join(sorted(unknown))}: prompts come unpadded")
-        ids = inputs.get("input_ids")
+            raise SpecError(f"{name} takes {', '.join(INPUTS)}, not {', '.join(sorted(unknown))}")
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None or ids.ndim != 2:
             raise SpecError(f"{name} needs input_ids [B, S]")
-        if ids.shape[1] < 2:
+        given = dict(inputs) if mask is None else {n: v for n, v in (inputs | _padded_in_front(ids, mask)).items() if v is not None}
+        B, S = given["input_ids"].shape
+        if S < 2:
             raise SelectionError("input_ids is a prompt of one token, of which none can leave: give the whole prompt")
-        return dict(inputs)
+        mask, rules = given.get("attention_mask"), (self.rules or {}).values()
+        if mask is not None and (chosen := next((r for r in rules if isinstance(r, Neurons) and r.score), None)):
+            raise SelectionError(f"attention_mask: padding would choose neurons for {chosen}: give prompts of one length, or one at a time")
+        if mask is None and B > 1 and any(isinstance(rule, Tokens) and rule.by_scores for rule in rules):
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+        return given
+
+
+def _padded_in_front(ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """input_ids and attention_mask i64[B, S] with each row's tokens last, in order, and no column of padding alone; no mask where nothing
+    else is left. Raises SpecError for a mask of another shape, SelectionError for a row without tokens."""
+    if mask.shape != ids.shape:
+        raise SpecError(f"attention_mask is {list(mask.shape)}, wanted {list(ids.shape)}: 1 for each token, 0 for padding")
+    real = mask != 0
+    lengths = real.sum(-1)
+    if bool((lengths == 0).any()):
+        raise SelectionError(f"attention_mask shows no token of row {int((lengths == 0).nonzero()[0])}")
+    order = real.to(torch.uint8).sort(-1, stable=True).indices[:, ids.shape[1] - int(lengths.max()) :]
+    return {"input_ids": ids.gather(1, order), "attention_mask": None if bool((lengths == lengths[0]).all()) else real.gather(1, order).long()}
+
+
+def _once(tensors: list[Tensor]) -> list[Tensor]:
+    """Equal masks as one tensor, so that a step makes them once."""
+    found: list[Tensor] = []
+    for tensor in tensors:
+        found.append(next((one for one in found if torch.equal(one, tensor)), tensor))
+    return found
 
 
 def cached(rule: Any) -> Any:

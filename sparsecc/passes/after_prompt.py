@@ -41,21 +41,35 @@ def after_prompt(program: Program, routes: Routes, chosen: Iterable[tuple[Block,
 def _renumber(program: Program, block: Block) -> None:
     """Tables of rotary embeddings for a place that counts the block's keys: a copy of what computes them from the token's position."""
     entering = outer(block.inside)
-    past = next((node for node in sorted(entering, key=lambda n: n.name) if node.op == "placeholder" and value_of(node).ndim == 4), None)
+    past = next((node for node in sorted(entering, key=lambda n: n.name) if node.op == "placeholder" and value_of(node).ndim == 4
+                 and not _is_mask(node)), None)
     tables = {node: path for node in entering - {block.x} if (path := _from_position(node)) is not None}
     position = {path[0] for path in tables.values()}
     if past is None or len(position) != 1:
         raise SpecError(f"{block.names[0]}: compact positions need its keys, and rotary tables that one input's positions give, not "
                         f"{len(position)}")
-    graph, copies = program.graph, dict.fromkeys(position)
+    graph = program.graph
     wanted = {node for path in tables.values() for node in path}
+    mask = next((node for node in entering if node.op == "placeholder" and _is_mask(node)), None)
     with graph.inserting_before(block.inside[0]):
-        count = graph.call_function(aten.sym_size.int, (past, 2))
-        made: dict[fx.Node, fx.Node] = {place: graph.call_function(aten.full_like.default, (place, count)) for place in copies}
+        made = {place: _count(graph, place, past, mask) for place in position}
         for node in [n for n in graph.nodes if n in wanted and n not in made]:
             made[node] = graph.node_copy(node, lambda n: made.get(n, n))
     for node in block.inside:
         node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: made[n] if n in tables else n)  # type: ignore[assignment]
+
+
+def _is_mask(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.dtype == torch.bool
+
+
+def _count(graph: fx.Graph, place: fx.Node, past: fx.Node, mask: fx.Node | None) -> fx.Node:
+    """i64[B, 1]: how many keys [B, G, n, D] the block has, or how many of them a mask [B, 1, 1, n + 1] shows besides the token's own."""
+    if mask is None:
+        return graph.call_function(aten.full_like.default, (place, graph.call_function(aten.sym_size.int, (past, 2))))
+    seen = graph.call_function(aten.sum.dim_IntList, (mask, [2, 3]))
+    return graph.call_function(aten.sub.Tensor, (seen, 1))
 
 
 def _from_position(table: fx.Node) -> Sequence[fx.Node] | None:

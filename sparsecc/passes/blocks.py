@@ -19,6 +19,7 @@ from torch import fx
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program
+from sparsecc.ir.route_ops import SHOWN
 from sparsecc.names import Names
 from sparsecc.passes.attention import SDPA
 from sparsecc.passes.ffn import Ffn, common_module
@@ -90,9 +91,10 @@ def _block(program: Program, ffn: Ffn, order: dict[fx.Node, int], cached: bool) 
 
 
 def _is_cache(node: fx.Node, inside: tuple[fx.Node, ...]) -> bool:
-    """Keys or values [B, G, S, D] whose other users are the program's outputs."""
+    """Keys or values [B, G, S, D] whose other users are the program's outputs, or what says which of them are tokens."""
     value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.ndim == 4 and all(user in inside or user.op == "output" for user in node.users)
+    known = all(user in inside or user.op == "output" or user.target is SHOWN for user in node.users)
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and known
 
 
 def _ends(ffn: Ffn) -> tuple[fx.Node, fx.Node] | None:

@@ -16,7 +16,7 @@ from torch import fx
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.policy import Policy
 from sparsecc.ir.program import Program, Region
-from sparsecc.ir.route_ops import EARLIER, GATHER_KEPT, KEEP, SCATTER_KEPT, TRIM
+from sparsecc.ir.route_ops import EARLIER, ELIGIBLE, GATHER_KEPT, KEEP, NUMBERED, SCATTER_KEPT, SHOWN, TRIM
 from sparsecc.ir.skip_ops import GATHER, RECENCY, SCATTER, SELECT
 from sparsecc.passes.attention import is_causal
 from sparsecc.passes.blocks import Block
@@ -25,6 +25,8 @@ from sparsecc.passes.shorter import Shorter, is_table, renumbered
 from sparsecc.skipping import Tokens
 
 aten = torch.ops.aten
+ABOVE_ALL = 2.0
+"""More than any probability."""
 
 
 @dataclass
@@ -46,16 +48,17 @@ class Cutter:
         mask = padding(block)
         policy, p, seen = rule.policy or Policy("ratio", round(1 - (fraction or 0.0), 6)), None, None
         with self.program.graph.inserting_before(block.inside[0]):
-            if rule.router == "static":
-                idx, size, count = self._select((RECENCY, mask), source, policy)
+            by: Any = (RECENCY, mask)
+            if rule.router != "static":
+                by, p = self.routes.scores(block, source, mask, rule, fraction, at)
+            if rule.by_scores:
+                idx, size, count, seen = self._keep(by, policy, block.names[0])
+            elif rule.cached and mask is not None:
+                idx, size, count = self._keep_padded(by, source, policy, mask)
             else:
-                scores, p = self.routes.scores(block, source, mask, rule, fraction, at)
-                if rule.by_scores:
-                    idx, size, count, seen = self._keep(scores, policy, block.names[0])
-                else:
-                    idx, size, count = self._select(scores, source, policy)
+                idx, size, count = self._select(by, source, policy)
             swapped = {source: self._take(source, idx, (1,), count), **dict.fromkeys(block.sizes, size)}
-            places = self._renumbered(size) if rule.positions == "compact" else idx
+            places = self._renumbered(size, idx, mask if rule.cached else None) if rule.positions == "compact" else idx
         if rule.keys == "all":
             self._shorten_queries(block, swapped, idx, count)
         else:
@@ -96,6 +99,9 @@ class Cutter:
                 trimmed = self.program.graph.call_function(TRIM, (node, idx))
             trimmed.meta["val"] = self.shorter.rows(value_of(node), f"{idx.name}_keys")
             output.replace_input_with(node, trimmed)
+            for user in [user for user in node.users if user.target is SHOWN]:
+                trimmed.append(user)
+                user.args = (trimmed, idx)
 
     def _shorten_queries(self, block: Block, swapped: dict[fx.Node, fx.Node], idx: fx.Node, count: fx.Node | None) -> None:
         """What does not lead to keys and values on the kept tokens; keys and values are of all tokens."""
@@ -124,8 +130,12 @@ class Cutter:
         full = str(self.shorter.like.shape[1].node.expr)
         return tuple(d for d, s in enumerate(value_of(node).shape) if not isinstance(s, int) and str(s.node.expr) == full)
 
-    def _renumbered(self, count: fx.Node) -> fx.Node:
-        """0, 1, 2, ... as indices [1, K]."""
+    def _renumbered(self, count: fx.Node, idx: fx.Node, mask: fx.Node | None) -> fx.Node:
+        """0, 1, 2, ... as indices [1, K]; where a mask says which tokens are padding, the places of the others."""
+        if mask is not None:
+            if (idx, mask) not in self.gathered:
+                self.gathered[idx, mask] = self.program.graph.call_function(NUMBERED, (idx, mask))
+            return self.gathered[idx, mask]
         if count not in self.gathered:
             self.gathered[count] = renumbered(self.program.graph, count)
         return self.gathered[count]
@@ -151,10 +161,23 @@ class Cutter:
             self.indices[key] = idx, call(aten.sym_size.int, (idx, 1)), None
         return self.indices[key]
 
+    def _keep_padded(self, by: Any, source: fx.Node, policy: Policy, mask: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """As `_select`, but of each row's tokens as many as it would keep without padding."""
+        key = (by, str(policy), mask)
+        if key not in self.indices:
+            call = self.program.graph.call_function
+            if isinstance(by, fx.Node):
+                scores = call(aten.clamp_max.default, (by, ABOVE_ALL))  # protected tokens are counted, too
+            else:
+                ranks = call(aten.to.dtype, (call(by[0], (source, by[1])), torch.float32))
+                scores = call(ELIGIBLE, (ranks, mask, None, None))
+            self.indices[key] = self._keep(scores, policy, "")[:3]
+        return self.indices[key]
+
     def _keep(self, scores: fx.Node, policy: Policy, name: str) -> tuple[fx.Node, fx.Node, fx.Node, Any]:
         """(indices, their number, how many of them each row has, what counts them)"""
         call = self.program.graph.call_function
-        key, seen = counter(name)
+        key, seen = counter(name) if name else ("", None)
         chosen = call(KEEP, (scores, str(policy), key))
         idx, count = (call(operator.getitem, (chosen, i)) for i in range(2))
         idx.meta["val"] = self._example(policy)
