@@ -17,6 +17,7 @@ from sparsecc.autotune.progress import progress
 from sparsecc.autotune.search import Effort
 from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
+from sparsecc.ir.conditional_ops import THROUGH
 from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, RELEASED
 from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
 from sparsecc.ir.merge_ops import MERGE
@@ -37,7 +38,7 @@ from sparsecc.runtime.remainder import Remainder, begin, finish
 from sparsecc.spec import SparsitySpec, SpecLike
 from sparsecc.target import check_target, is_elsewhere, require_device, tuner_of
 
-RUN_TIME = (NEURONS, REQUEST, SCATTER, SCATTER_KEPT, MERGE, PROMPT, CORE_TOKENS, RELEASED)
+RUN_TIME = (NEURONS, REQUEST, SCATTER, SCATTER_KEPT, THROUGH, MERGE, PROMPT, CORE_TOKENS, RELEASED)
 """What has a region because of what it skips at run time."""
 EFFORTS = ("none", "quick", "full")
 SECONDS = {"none": 60.0, "quick": 45.0, "full": 600.0}

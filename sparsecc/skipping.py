@@ -58,7 +58,9 @@ class Tokens:
     scale: what is multiplied by the router's probability, "mlp", "block" (what the block adds) or "none".
     span: tokens first:end, a slice, that compete; the others are always kept.
     keys: "kept" (skipped tokens are no keys in the block, and write none into its KV cache) or "all" (they are, and do).
-    cached: keys and values are outputs of the graph, see `methods/cached.py`; tokens after a prompt go through every block.
+    decode: tokens after a prompt go through "all" blocks, or as they are "routed": a token that goes past a block is no key in it, or is one,
+    as `keys` says of a prompt's.
+    cached: keys and values are outputs of the graph, see `methods/cached.py`.
     """
 
     schedule: tuple[float, ...]
@@ -68,10 +70,11 @@ class Tokens:
     scale: str = "none"
     span: tuple[int | None, int | None] | None = None
     keys: str = "kept"
+    decode: str = "all"
     cached: bool = False
 
     def __str__(self) -> str:
-        keys = "" if self.keys == "kept" else ", all keys"
+        keys = ("" if self.keys == "kept" else ", all keys") + ("" if self.decode == "all" else ", decode routed")
         if isinstance(self.router, DepthRouter):
             scaled = "" if self.scale == "none" else f", {self.scale} scaled"
             return f"mixture_of_depths({self.policy}, {self.router}, {self.positions}{scaled}{keys})"
@@ -134,14 +137,15 @@ def neurons(
 
 def ftp(
     schedule: Sequence[float] | float | None = None, router: str | Path | Mapping[str, Tensor] | TokenRouter = "static",
-    positions: str = "original", policy: str | None = None, keys: str = "kept",
+    positions: str = "original", policy: str | None = None, keys: str = "kept", decode: str = "all",
 ) -> Tokens:
     """Token skipping by a schedule (FTP: fine-grained token-wise pruning, AMD 2024), for the values of a sparsity dict.
 
     schedule: the fraction of tokens that each block skips, one number for all or one per block, each in [0, 1); None is the checkpoint's.
     router: "static", or a learned one, see `routing.token_router`. policy: of a learned router's probabilities, "threshold(0.5)" unless
     given; "schedule" keeps exactly as many as the schedule says. keys: see `Tokens`; a learned router ranks tokens by what they are paid
-    as keys, and takes "kept". Blocks that skip 0 are left whole. Raises SpecError.
+    as keys, and takes "kept". decode: see `Tokens`; the static router keeps every latest token. Blocks that skip 0 are left whole.
+    Raises SpecError.
     """
     if isinstance(router, str) and router != "static" and not Path(router).is_file():
         raise SpecError(f"ftp(router={router!r}): the router is {' or '.join(map(repr, ROUTERS))}, a file or a dict of tensors")
@@ -160,23 +164,26 @@ def ftp(
         raise SpecError(f"ftp(policy={policy!r}): policies judge scores, which a learned router gives; the static one follows its schedule")
     _check_positions("ftp", positions, keys)
     if learned is None:
+        if decode != "all":
+            raise SpecError(f"ftp(decode={decode!r}): the static router keeps the latest token, use 'all' or a learned router")
         return Tokens(values, "static", positions, keys=keys)
     if keys != "kept":
         raise SpecError(f"ftp(keys={keys!r}): with a learned router skipped tokens are no keys, use 'kept'")
     found = None if policy == "schedule" else token_policy(policy or "threshold(0.5)", "ftp(policy=...)")
-    return Tokens(values, learned, positions, found)
+    _check_decode("ftp", decode, found)
+    return Tokens(values, learned, positions, found, decode=decode)
 
 
 def mixture_of_depths(
     router: str | Path | Tensor | Mapping[str, Tensor], policy: str = "threshold(0.005)", scale: Literal["mlp", "block", "none"] = "mlp",
     positions: str = "compact", span: tuple[int | None, int | None] | None = None, reads: Literal["norm", "stream"] = "norm",
-    keys: str = "kept",
+    keys: str = "kept", decode: str = "all",
 ) -> Tokens:
     """Blocks on the tokens that a router picks (Raposo et al. 2024; the defaults are gamma-MoD's, Luo et al. 2024), for a sparsity dict.
 
     router: see `routing.depth_router`. policy: of its probabilities, see `ir/policy.py`. scale: what the probability multiplies, the
     feed-forward branch, all that the block adds, or nothing. span: tokens first:end, a slice, that compete; others, such as text around an
-    image, are always kept. reads: what the router is applied to. keys: see `Tokens`. Raises SpecError.
+    image, are always kept. reads: what the router is applied to. keys, decode: see `Tokens`. Raises SpecError.
     """
     if scale not in ("mlp", "block", "none"):
         raise SpecError(f"mixture_of_depths(scale={scale!r}): use 'mlp', 'block' or 'none'")
@@ -184,7 +191,17 @@ def mixture_of_depths(
         raise SpecError(f"mixture_of_depths(span={span!r}): give the first token that competes and the end, as of a slice")
     _check_positions("mixture_of_depths", positions, keys)
     found = token_policy(policy, "mixture_of_depths(policy=...)")
-    return Tokens((), depth_router(router, reads), positions, found, scale, None if span is None else (span[0], span[1]), keys)
+    _check_decode("mixture_of_depths", decode, found)
+    if decode != "all" and span is not None:
+        raise SpecError("mixture_of_depths(decode='routed'): tokens outside of span= are always kept, leave it out")
+    return Tokens((), depth_router(router, reads), positions, found, scale, None if span is None else (span[0], span[1]), keys, decode)
+
+
+def _check_decode(what: str, decode: str, policy: Policy | None) -> None:
+    if decode not in ("all", "routed"):
+        raise SpecError(f"{what}(decode={decode!r}): use 'all' or 'routed'")
+    if decode == "routed" and (policy is None or policy.name not in ("threshold", "atleast")):
+        raise SpecError(f"{what}(decode='routed'): one token has no rank, its score alone decides: use policy='threshold(...)' or 'atleast(...)'")
 
 
 def _check_positions(what: str, positions: str, keys: str) -> None:

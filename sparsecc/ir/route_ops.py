@@ -278,7 +278,7 @@ def numbered(idx: Tensor, mask: Tensor) -> Tensor:
     """i32[B, K], places of the first K tokens of each row that the mask [B or 1, 1 or H, S, S] does not hide, then of padding: where
     tokens idx i32[B, K] would stand if they were all that there are."""
     real = real_tokens(mask, idx.shape[0], mask.shape[-1], idx.device)
-    return (~real).to(torch.uint8).sort(-1, stable=True).indices[:, : idx.shape[1]].int()
+    return (~real).to(torch.uint8).sort(dim=-1, stable=True).indices[:, : idx.shape[1]].int()
 
 
 def numbered_fake(idx: Tensor, mask: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Prompt(nn.Module):
 
 class Token(nn.Module):
     """model(one token, its position, the cache's tensors) -> its logits, and the tensors with its own rows. `masks` bool[B, 1, 1, n_l + 1]:
-    the keys of each block that the token sees, its own too; all of them without."""
+    the keys of each block that the token sees, its own too; all of them without. With masks also which keys of each block are tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Token(nn.Module):
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, keys: list[Tensor], values: list[Tensor], masks: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Any, ...]:
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
@@ -104,7 +104,10 @@ class Token(nn.Module):
         seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         with _masked(self.model, masks):
             out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=seen, past_key_values=cache, use_cache=True)
-        return out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        made = out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        if masks is None:
+            return made
+        return *made, [SHOWN(layer.keys, mask[:, 0, 0]) for layer, mask in zip(cache.layers, masks, strict=True)]
 
 
 @contextmanager
@@ -160,20 +163,18 @@ class Cached:
         length = given["input_ids"].shape[1]
         if mask is None:
             return State(logits, keys, values, length)
-        return State(logits, keys, values, length, _once(shown[0]), length - mask.sum(-1, keepdim=True))
+        return State(logits, keys, values, length, list(shown[0]), length - mask.sum(-1, keepdim=True))
 
     def step(self, token: Tensor, state: State) -> State:
         """One more token i64[B, 1] after a state of the latest prompt."""
         place = torch.full(token.shape, state.position, dtype=torch.long, device=token.device)
         given: dict[str, Any] = {"input_ids": token, "position_ids": place, "keys": state.keys, "values": state.values}
-        shown = None
         if state.shown is not None and state.missing is not None:
             own = torch.ones_like(token, dtype=torch.bool)
-            longer = {id(one): torch.cat([one, own], 1) for one in state.shown}
-            shown = [longer[id(one)] for one in state.shown]
-            given |= {"position_ids": place - state.missing, "masks": [one[:, None, None] for one in shown]}
-        logits, keys, values = self._token(given)(**given)
-        return State(logits, list(keys), list(values), state.position + 1, shown, state.missing)
+            masks = [torch.cat([one, own], 1)[:, None, None] for one in state.shown]
+            given |= {"position_ids": place - state.missing, "masks": masks}
+        logits, keys, values, *shown = self._token(given)(**given)
+        return State(logits, list(keys), list(values), state.position + 1, *map(list, shown), missing=state.missing)
 
     def generate(self, count: int, **inputs: Tensor) -> Tensor:
         """The next `count` tokens i64[B, count], each the most likely one."""
@@ -217,7 +218,7 @@ class Cached:
         mask, rules = given.get("attention_mask"), (self.rules or {}).values()
         if mask is not None and (chosen := next((r for r in rules if isinstance(r, Neurons) and r.score), None)):
             raise SelectionError(f"attention_mask: padding would choose neurons for {chosen}: give prompts of one length, or one at a time")
-        if mask is None and B > 1 and any(isinstance(rule, Tokens) and rule.by_scores for rule in rules):
+        if mask is None and B > 1 and any(isinstance(rule, Tokens) and (rule.by_scores or rule.decode != "all") for rule in rules):
             given["attention_mask"] = torch.ones_like(given["input_ids"])
         return given
 
@@ -231,16 +232,8 @@ def _padded_in_front(ids: Tensor, mask: Tensor) -> dict[str, Any]:
     lengths = real.sum(-1)
     if bool((lengths == 0).any()):
         raise SelectionError(f"attention_mask shows no token of row {int((lengths == 0).nonzero()[0])}")
-    order = real.to(torch.uint8).sort(-1, stable=True).indices[:, ids.shape[1] - int(lengths.max()) :]
+    order = real.to(torch.uint8).sort(dim=-1, stable=True).indices[:, ids.shape[1] - int(lengths.max()) :]
     return {"input_ids": ids.gather(1, order), "attention_mask": None if bool((lengths == lengths[0]).all()) else real.gather(1, order).long()}
-
-
-def _once(tensors: list[Tensor]) -> list[Tensor]:
-    """Equal masks as one tensor, so that a step makes them once."""
-    found: list[Tensor] = []
-    for tensor in tensors:
-        found.append(next((one for one in found if torch.equal(one, tensor)), tensor))
-    return found
 
 
 def cached(rule: Any) -> Any:

@@ -51,7 +51,7 @@ class Routes:
         glob."""
         call = self.program.graph.call_function
         if isinstance(rule.router, TokenRouter):
-            weights = [self._const(f"router_{i}", w) for i, w in enumerate(rule.router.weights)]
+            weights = [self.const(f"router_{i}", w) for i, w in enumerate(rule.router.weights)]
             place = next(i for i, one in enumerate(self.blocks) if one.y is block.y)
             return call(ROUTE, (self.importance(place, mask), mask, required, weights)), None
         assert isinstance(rule.router, DepthRouter)
@@ -70,7 +70,7 @@ class Routes:
             raise SpecError(f"mixture_of_depths: router.weight is {list(weight.shape)}, but {stream}")
         read = source if router.reads == "stream" else self._before_linears(block, source)
         dtype = value_of(block.x).dtype
-        args = (read, self._const("depth_router", weight, dtype), source)
+        args = (read, self.const("depth_router", weight, dtype), source)
         return self.program.graph.call_function(TOKEN_GATE, args)
 
     def _before_linears(self, block: Block, source: fx.Node) -> fx.Node:
@@ -105,7 +105,7 @@ class Routes:
                 raise SpecError(f"ftp: a learned router ranks tokens by what they are paid as keys of {name}: use keys='kept' there")
             idx, count = self.cuts.get(block.y, (None, None))
             given = arguments(block.attention)
-            paid = call(RECEIVED, (given["query"], _one_of_each(given["key"]), given.get("attn_mask"), count, given.get("scale")))
+            paid = call(RECEIVED, (given["query"], one_of_each(given["key"]), given.get("attn_mask"), count, given.get("scale")))
             if idx is not None:
                 paid = call(SCATTER_KEPT, (self.importance(at - 1, mask), idx, paid))
         self.paid[at] = paid
@@ -158,7 +158,7 @@ class Routes:
         some = call(aten.unsqueeze.default, (some, -1)) if ndim == 3 else call(aten.reshape.default, (some, [-1, 1]))
         return some if dtype == torch.float32 else call(aten.to.dtype, (some, dtype))
 
-    def _const(self, hint: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> fx.Node:
+    def const(self, hint: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> fx.Node:
         """One node per tensor, whoever uses it."""
         if id(tensor) not in self.consts:
             self.consts[id(tensor)] = self.program.add_const(hint, tensor.to(dtype))
@@ -193,7 +193,7 @@ def with_mask(node: fx.Node, mask: fx.Node) -> None:
     node.kwargs = given
 
 
-def _one_of_each(key: Any) -> Any:
+def one_of_each(key: Any) -> Any:
     """Key heads before they were repeated for grouped queries: reshape(expand(unsqueeze(k, 2)))."""
     node, targets = key, (RESHAPES, (aten.expand.default,), (aten.unsqueeze.default,))
     for target in targets:

@@ -69,8 +69,9 @@ class Skip:
         like = value_of(blocks[0].x) if blocks else None
         routes = Routes(program, blocks)
         if single and cached:
-            after_prompt(program, routes, [(block, rule, at) for block, rule, _, at in chosen])
-            context.notes.append("tokens after a prompt go through every block")
+            after_prompt(program, routes, chosen)
+            some = "past some blocks" if any(rule.decode == "routed" for _, rule, _, _ in chosen) else "through every block"
+            context.notes.append(f"tokens after a prompt go {some}")
         else:
             cutter = Cutter(program, tokens_of(blocks[0].x) if blocks else 0, Shorter(like), routes)
             for block in chosen:

@@ -20,6 +20,7 @@ from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
 from sparsecc.runtime.chain import link
+from sparsecc.runtime.conditional import conditional
 from sparsecc.runtime.cores import shrinking
 
 Remainder = Literal["auto", "inductor", "eager"]
@@ -64,6 +65,7 @@ def finish(program: Program, remainder: Remainder, chained: bool = True) -> Call
 
     `chained`: neighbouring kernels may be recorded and replayed as one call, which CPU kernels are made for."""
     apart = shrinking(program, lambda part: finish(part, remainder, chained))
+    apart = apart or conditional(program, lambda part: finish(part, remainder, chained))
     if apart is not None:
         return apart
     program = program.clone()

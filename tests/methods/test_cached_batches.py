@@ -11,6 +11,7 @@ from torch import Tensor
 import sparsecc
 from sparsecc.errors import SelectionError, SpecError
 from sparsecc.methods.cached import Cached
+from sparsecc.methods.griffin import griffin
 from tests.methods.test_cached import EAGER, SLOW, dense, static
 from tests.passes.routed import Oracle, depth_router, depths, ftp_router, llama
 
@@ -158,4 +159,4 @@ def test_masks_that_cannot_be_are_refused_by_name() -> None:
         with pytest.raises(error, match=text):
             Cached(model, None, inputs | {"attention_mask": mask}, "reference", **EAGER)
     with pytest.raises(SelectionError, match="padding would choose neurons"):
-        Cached(model, {"*.mlp": sparsecc.methods.griffin.griffin(0.5)}, inputs, "reference", **EAGER)
+        Cached(model, {"*.mlp": griffin(0.5)}, inputs, "reference", **EAGER)
