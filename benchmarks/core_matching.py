@@ -25,7 +25,8 @@ from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.ir.core_ops import core_scores, core_tokens
 from sparsecc.ir.skip_ops import select
-from sparsecc.methods.cached import Prompt, State, Token
+from sparsecc.methods.cached import State
+from sparsecc.methods.cached_graphs import Prompt, Token
 from sparsecc.methods.core_matching import CoreMatching
 from sparsecc.runtime.cores import CoreCounts
 
@@ -45,7 +46,9 @@ class Eager:
 
     @torch.no_grad()
     def step(self, token: torch.Tensor, state: State) -> State:
-        return State(*self.token(**CoreMatching._inputs(token, state)), state.position + 1)
+        place = torch.full(token.shape, state.position)
+        made = self.token(input_ids=token, position_ids=place, keys=state.keys, values=state.values)
+        return State(*made, state.position + 1)
 
 
 def build(model: Any, rule: sparsecc.Cores, inputs: dict[str, Any], remainder: str) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Skipping at run time, measured: neurons of feed-forward blocks in decode, tokens in prefill.
 
-    python -m benchmarks.skipping [--parts neurons,selection,ftp,router,merge] [--sizes 2048/8192,4096/11008] [--threads 1,2] [--out FILE]
+    python -m benchmarks.skipping [--parts neurons,selection,ftp,cached,router,merge] [--sizes 2048/8192,4096/11008] [--threads 1,2] [--out FILE]
 
 neurons: one token through a ReLU block with random weights, whose gate is shifted so that a given fraction of activations is zero;
   sparsecc's kernel with and without a sketch of the gate, torch's dense linears, and the machine's read limit, all in turns.
 selection: what choosing costs: the list of nonzeros, a top-k, a statistical top-k, against the region that they spare.
 ftp: SmolLM2-135M on real text, dense and with 30 % of the tokens skipped, both compiled and run op by op (remainder="eager").
+cached: prompts and tokens with a KV cache, end to end, see `benchmarks/cached.py`.
 router, merge: learned routers and merged tokens, see `benchmarks/routing.py`.
 Times are medians over rounds in seconds; `best` are the fastest rounds.
 """
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparsecc
-from benchmarks import routing
+from benchmarks import cached, routing
 from benchmarks.cpu import COMMA, ROOT, stamp
 from benchmarks.limits import ReadLimit
 from examples import models
@@ -172,7 +173,7 @@ def _times(times: dict[str, Timing], *names: str) -> dict[str, Any]:
 def main() -> None:
     """Measure, and add to the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=COMMA.split, default=["neurons", "selection", "ftp", "router", "merge"])
+    parser.add_argument("--parts", type=COMMA.split, default=["neurons", "selection", "ftp", "cached", "router", "merge"])
     parser.add_argument("--sizes", type=COMMA.split, default=["2048/8192", "4096/11008"])
     parser.add_argument("--dtypes", type=COMMA.split, default=list(DTYPES))
     parser.add_argument("--gated", type=COMMA.split, default=["yes", "no"])
@@ -192,6 +193,9 @@ def main() -> None:
                 rows += selection(size, threads, args.seconds)
         if "ftp" in args.parts:
             rows += prefill(threads, 10 * args.seconds)
+        if "cached" in args.parts:
+            for kind in cached.KINDS:
+                rows += cached.measure(*cached.build(kind), threads, 10 * args.seconds)
         if "router" in args.parts:
             rows += routing.learned(threads, 10 * args.seconds)
         if "merge" in args.parts:

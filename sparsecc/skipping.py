@@ -58,8 +58,8 @@ class Tokens:
     scale: what is multiplied by the router's probability, "mlp", "block" (what the block adds) or "none".
     span: tokens first:end, a slice, that compete; the others are always kept.
     keys: "kept" (skipped tokens are no keys in the block, and write none into its KV cache) or "all" (they are, and do).
-    decode: tokens after a prompt go through "all" blocks, or as they are "routed": a token that goes past a block is no key in it, or is one,
-    as `keys` says of a prompt's.
+    decode: tokens after a prompt go through "all" blocks, or as they are "routed": one that goes past a block is a key in it or isn't, as
+    `keys` says of a prompt's.
     cached: keys and values are outputs of the graph, see `methods/cached.py`.
     """
 
@@ -201,7 +201,7 @@ def _check_decode(what: str, decode: str, policy: Policy | None) -> None:
     if decode not in ("all", "routed"):
         raise SpecError(f"{what}(decode={decode!r}): use 'all' or 'routed'")
     if decode == "routed" and (policy is None or policy.name not in ("threshold", "atleast")):
-        raise SpecError(f"{what}(decode='routed'): one token has no rank, its score alone decides: use policy='threshold(...)' or 'atleast(...)'")
+        raise SpecError(f"{what}(decode='routed'): of one token its score alone decides, use policy='threshold(...)' or 'atleast(...)'")
 
 
 def _check_positions(what: str, positions: str, keys: str) -> None:

@@ -12,8 +12,6 @@ What only `through` and `held` read is computed where any row goes through, and 
 """
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,8 +22,8 @@ from sparsecc.ir.skip_ops import _define
 
 
 def own_share(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Of one token's attention softmax(scale * q k^T + mask), averaged over heads: what the last key, its own, gets, and how many others get
-    as much or more. q [B, H, 1, D], k [B, G, n, D] with H a multiple of G, mask bool [B or 1, 1, 1, n or 1]."""
+    """Of one token's attention softmax(scale * q k^T + mask), averaged over heads: what the last key, its own, gets, and how many others
+    get as much or more. q [B, H, 1, D], k [B, G, n, D] with H a multiple of G, mask bool [B or 1, 1, 1, n or 1]."""
     B, H, _, D = q.shape
     G, n = k.shape[1:3]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -8,10 +8,6 @@
     gather_kept(x, idx, dims)             their rows
     hide_keys(mask, idx)                  the mask of an attention among them
     scatter_kept(x, idx, y)               x with their rows replaced
-    earlier(idx, x)                       the keys of all tokens that kept ones see        i32[B, K] -> bool[B, 1, K, S]
-    trim_keys(x, idx)                     keys without columns that stand for nothing      [B, G, K, D] -> [B, G, n, D]
-    shown_keys(x, idx)                    which of a cache's keys are tokens               [B, G, n, D] -> bool[B, n]
-    numbered(idx, mask)                   places of each row's first tokens                i32[B, K] -> i32[B, K]
 
 Scores of tokens are probabilities or anything else that is finite; +inf stands for a token that is kept whatever the policy says, -inf for
 padding, which no policy keeps. Rows of a batch may keep different numbers of tokens: `idx` has the largest of them, rounded up to whole
@@ -243,49 +239,6 @@ def scatter_kept_fake(x: Tensor, idx: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def earlier(idx: Tensor, x: Tensor) -> Tensor:
-    """bool[B, 1, K, S]: which tokens of x [B, S, ...] causal queries idx i32[B, K] see, those up to them."""
-    return idx.clamp_min(0)[:, None, :, None] >= torch.arange(x.shape[1], device=x.device)
-
-
-def earlier_fake(idx: Tensor, x: Tensor) -> Tensor:
-    """Shape and dtype of the result."""
-    return idx.new_empty((idx.shape[0], 1, idx.shape[1], x.shape[1]), dtype=torch.bool)
-
-
-def trim_keys(x: Tensor, idx: Tensor) -> Tensor:
-    """x [B, G, K, D] without the columns for which idx i32[B, K] is -1 in all rows, which may be all of them."""
-    return x[:, :, : int((idx >= 0).sum(-1).max())].clone(memory_format=torch.contiguous_format)
-
-
-def trim_keys_fake(x: Tensor, idx: Tensor) -> Tensor:
-    """A size of its own."""
-    return x.new_empty((*x.shape[:2], torch.library.get_ctx().new_dynamic_size(min=0), x.shape[3]))
-
-
-def shown_keys(x: Tensor, idx: Tensor) -> Tensor:
-    """bool[B, n] for keys x [B, G, n, D] of the tokens idx i32[B, K >= n], -1 where they stand for none; or of those that bool[B, K] says."""
-    idx = idx[:, : x.shape[2]]
-    return idx.clone() if idx.dtype == torch.bool else idx >= 0
-
-
-def shown_keys_fake(x: Tensor, idx: Tensor) -> Tensor:
-    """Shape and dtype of the result."""
-    return idx.new_empty((x.shape[0], x.shape[2]), dtype=torch.bool)
-
-
-def numbered(idx: Tensor, mask: Tensor) -> Tensor:
-    """i32[B, K], places of the first K tokens of each row that the mask [B or 1, 1 or H, S, S] does not hide, then of padding: where
-    tokens idx i32[B, K] would stand if they were all that there are."""
-    real = real_tokens(mask, idx.shape[0], mask.shape[-1], idx.device)
-    return (~real).to(torch.uint8).sort(dim=-1, stable=True).indices[:, : idx.shape[1]].int()
-
-
-def numbered_fake(idx: Tensor, mask: Tensor) -> Tensor:
-    """Shape and dtype of the result."""
-    return torch.empty_like(idx)
-
-
 def _define(name: str, schema: str, meaning: Any, fake: Any) -> Any:
     LIBRARY.define(f"{name}{schema}", tags=TAGS)
     LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
@@ -301,8 +254,4 @@ KEEP = _define("keep", "(Tensor scores, str policy, str seen) -> (Tensor, Tensor
 GATHER_KEPT = _define("gather_kept", "(Tensor x, Tensor idx, int[] dims) -> Tensor", gather_kept, gather_tokens_fake)
 HIDE_KEYS = _define("hide_keys", "(Tensor? mask, Tensor idx) -> Tensor", hide_keys, hide_keys_fake)
 SCATTER_KEPT = _define("scatter_kept", "(Tensor x, Tensor idx, Tensor y) -> Tensor", scatter_kept, scatter_kept_fake)
-EARLIER = _define("earlier", "(Tensor idx, Tensor x) -> Tensor", earlier, earlier_fake)
-TRIM = _define("trim_keys", "(Tensor x, Tensor idx) -> Tensor", trim_keys, trim_keys_fake)
-SHOWN = _define("shown_keys", "(Tensor x, Tensor idx) -> Tensor", shown_keys, shown_keys_fake)
-NUMBERED = _define("numbered", "(Tensor idx, Tensor mask) -> Tensor", numbered, numbered_fake)
 """The overloads that stand in graphs."""

@@ -23,7 +23,7 @@ from torch import fx
 from torch.fx.node import _get_qualified_name
 
 from sparsecc.errors import SparseccError, TextError
-from sparsecc.ir import conditional_ops, core_ops, image_ops, merge_ops, route_ops, skip_ops, token_ops  # noqa: F401  define the other ops of the dialect
+from sparsecc.ir import cache_ops, conditional_ops, core_ops, image_ops, merge_ops, route_ops, skip_ops, token_ops  # noqa: F401  define the other ops of the dialect
 from sparsecc.ir.invent import invent
 from sparsecc.ir.ops import LINEAR, parse_terms, split_params
 from sparsecc.ir.program import TYPE_KEY, LinearView, Program, get_attr, make_module

@@ -5,16 +5,14 @@
     state = decoder.step(state.logits.argmax(-1), state)       # one token, through every block, on the keys that it has
     tokens = decoder.generate(32, input_ids=ids)
 
-FTP, mixture-of-depths and CoreMatching (`core_matching.py`) run so. A prompt and a token are a captured graph each, whose outputs are the
-logits of the last token and the tensors of the cache. The model's own cache object is none of them: its masks would be as long as the first
-block's keys. Prompts of different lengths, and those of which blocks keep different numbers of tokens, have graphs of their own, in which
-each block has a mask of its keys.
+FTP, mixture-of-depths and CoreMatching (`core_matching.py`) run so. A prompt and a token are a captured graph each (`cached_graphs.py`),
+whose outputs are the logits of the last token and the tensors of the cache. Prompts of different lengths, and those of which blocks keep
+different numbers of tokens, have graphs of their own, in which each block has a mask of its keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +21,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sparsecc.compile import compile
-from sparsecc.errors import CaptureError, SelectionError, SpecError
-from sparsecc.ir.route_ops import SHOWN
+from sparsecc.errors import SelectionError, SpecError
+from sparsecc.methods.cached_graphs import Prompt, Token
 from sparsecc.runtime.module import CompiledModule
 from sparsecc.skipping import Neurons, Tokens
 
@@ -37,8 +35,8 @@ class State:
     """After a prompt or a token: logits f32[B, 1, V] of the last one, keys and values [B, H, n_l, D] of each block l, and the position that
     comes next.
 
-    Of rows that differ: shown bool[B, n_l], which of a block's keys are tokens of the row, and missing i64[B, 1], by how many tokens the row
-    is shorter than the longest one, whose position is `position`."""
+    Of rows that differ: shown bool[B, n_l], which of a block's keys are tokens of the row, and missing i64[B, 1], by how many tokens the
+    row is shorter than the longest one, whose position is `position`."""
 
     logits: Tensor
     keys: list[Tensor]
@@ -53,82 +51,6 @@ class State:
         if self.shown is not None:
             return [one.sum(-1) for one in self.shown]
         return [torch.full((len(one),), one.shape[2]) for one in self.keys]
-
-
-class Prompt(nn.Module):
-    """model(prompt) -> logits of its last token, and the cache's tensors; with a mask [B, S] of tokens, padding in front of them, also which
-    keys of each block are tokens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.eval()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None) -> tuple[Any, ...]:
-        from transformers import DynamicCache
-
-        given = {} if pixel_values is None else {"pixel_values": pixel_values}
-        if attention_mask is not None:
-            given |= {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
-        cache: Any = DynamicCache()
-        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
-        made = out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-        if attention_mask is None:
-            return made
-        real = attention_mask != 0
-        return *made, [SHOWN(layer.keys, real) for layer in cache.layers]
-
-
-class Token(nn.Module):
-    """model(one token, its position, the cache's tensors) -> its logits, and the tensors with its own rows. `masks` bool[B, 1, 1, n_l + 1]:
-    the keys of each block that the token sees, its own too; all of them without. With masks also which keys of each block are tokens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.eval()
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, keys: list[Tensor], values: list[Tensor], masks: list[Tensor] | None = None
-    ) -> tuple[Any, ...]:
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
-        cache: Any = DynamicCache()
-        for key, value in zip(keys, values, strict=True):
-            layer = DynamicLayer()
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key, value
-            cache.layers.append(layer)
-        # A mask of the usual form would be as long as the first block's keys; this one lets the token see whatever a block has.
-        seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-        with _masked(self.model, masks):
-            out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=seen, past_key_values=cache, use_cache=True)
-        made = out.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-        if masks is None:
-            return made
-        return *made, [SHOWN(layer.keys, mask[:, 0, 0]) for layer, mask in zip(cache.layers, masks, strict=True)]
-
-
-@contextmanager
-def _masked(model: nn.Module, masks: list[Tensor] | None) -> Iterator[None]:
-    """While it lasts, each attention has the mask of its own layer. Raises CaptureError where a layer's attention takes none by name."""
-    seen: set[int] = set()
-
-    def replaced(module: Any, args: Any, kwargs: Any) -> Any:
-        if masks is None or "attention_mask" not in kwargs:
-            return None
-        seen.add(module.layer_idx)
-        return args, kwargs | {"attention_mask": masks[module.layer_idx]}
-
-    with ExitStack() as stack:
-        for module in model.modules() if masks is not None else ():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                handle = module.register_forward_pre_hook(replaced, with_kwargs=True)
-                stack.callback(handle.remove)
-        yield
-    if masks is not None and seen != set(range(len(masks))):
-        raise CaptureError(f"{type(model).__name__}: its attention takes no attention_mask by name: give prompts of one length, or one at a time")
 
 
 class Cached:
@@ -233,7 +155,8 @@ def _padded_in_front(ids: Tensor, mask: Tensor) -> dict[str, Any]:
     if bool((lengths == 0).any()):
         raise SelectionError(f"attention_mask shows no token of row {int((lengths == 0).nonzero()[0])}")
     order = real.to(torch.uint8).sort(dim=-1, stable=True).indices[:, ids.shape[1] - int(lengths.max()) :]
-    return {"input_ids": ids.gather(1, order), "attention_mask": None if bool((lengths == lengths[0]).all()) else real.gather(1, order).long()}
+    alike = bool((lengths == lengths[0]).all())
+    return {"input_ids": ids.gather(1, order), "attention_mask": None if alike else real.gather(1, order).long()}
 
 
 def cached(rule: Any) -> Any:

@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from sparsecc.errors import SpecError
+from sparsecc.ir.cache_ops import SHOWN
 from sparsecc.ir.conditional_ops import GOES, HELD, HELD_SHOWN, OWN_SHARE, ROUTE_TOKEN, THROUGH
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program, Region
-from sparsecc.ir.route_ops import SHOWN
 from sparsecc.passes.blocks import Block, outer
 from sparsecc.passes.grouped import group_queries
 from sparsecc.passes.route import Routes, arguments, one_of_each
@@ -76,7 +76,8 @@ class _Past:
                 with graph.inserting_before(output):
                     self.program.replace(user, graph.call_function(HELD_SHOWN, (user.args[1], decision)))
         keys = "a key in it all the same" if rule.keys == "all" else "no key in it"
-        self.program.regions[out.name] = Region(block.names[0], (), "tokens after a prompt by a router", f"{rule}: a token that goes past is {keys}")
+        what = "tokens after a prompt by a router"
+        self.program.regions[out.name] = Region(block.names[0], (), what, f"{rule}: a token that goes past is {keys}")
         return out
 
     def scores(self, block: Block, rule: Tokens, required: float | None) -> fx.Node:
@@ -91,13 +92,13 @@ class _Past:
             return graph.call_function(ROUTE_TOKEN, (self.share(at), places.pop(), required, weights))
 
     def share(self, at: int) -> fx.Node:
-        """f32[B, 2]: what the token was paid by itself, and its rank, in the last block in front of one that it went through; all in front of
-        the first, where it is alone."""
+        """f32[B, 2]: what the token paid itself, and its rank, in the last block that it went through; all, in front of the first."""
         if at not in self.shares:
             call = self.program.graph.call_function
             if at == 0:
-                B, device = value_of(self.routes.blocks[0].x).shape[0], value_of(self.routes.blocks[0].x).device
-                parts = [call(make, ([B, 1],), {"dtype": torch.float32, "device": device}) for make in (aten.ones.default, aten.zeros.default)]
+                x: Any = value_of(self.routes.blocks[0].x)
+                how = {"dtype": torch.float32, "device": x.device}
+                parts = [call(make, ([x.shape[0], 1],), how) for make in (aten.ones.default, aten.zeros.default)]
                 self.shares[at] = call(aten.cat.default, (parts, 1))
             else:
                 block = self.routes.blocks[at - 1]

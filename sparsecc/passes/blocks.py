@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.ir.cache_ops import SHOWN
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program
-from sparsecc.ir.route_ops import SHOWN
 from sparsecc.names import Names
 from sparsecc.passes.attention import SDPA
 from sparsecc.passes.ffn import Ffn, common_module

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.ir.cache_ops import EARLIER, NUMBERED, SHOWN, TRIM
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.policy import Policy
 from sparsecc.ir.program import Program, Region
-from sparsecc.ir.route_ops import EARLIER, ELIGIBLE, GATHER_KEPT, KEEP, NUMBERED, SCATTER_KEPT, SHOWN, TRIM
+from sparsecc.ir.route_ops import ELIGIBLE, GATHER_KEPT, KEEP, SCATTER_KEPT
 from sparsecc.ir.skip_ops import GATHER, RECENCY, SCATTER, SELECT
 from sparsecc.passes.attention import is_causal
 from sparsecc.passes.blocks import Block

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sparsecc.errors import SelectionError, SpecError
+from sparsecc.ir.cache_ops import earlier, numbered, shown_keys, trim_keys
 from sparsecc.ir.policy import Policy, kept_of, knee, parse_policy
-from sparsecc.ir.route_ops import earlier, eligible, numbered, shown_keys, token_gate, trim_keys
+from sparsecc.ir.route_ops import eligible, token_gate
 from sparsecc.ir.skip_ops import active, gather_tokens, neurons, recency, scatter_tokens, select
 from sparsecc.ir.text import parse_program, print_program
 
@@ -165,6 +166,7 @@ def test_keys_of_all_tokens_and_of_kept_ones() -> None:
     assert earlier(idx, torch.empty(1, 5, 2))[0, 0].sum(-1).tolist() == [2, 4, 1]
     keys = torch.randn(1, 2, 3, 4)
     assert torch.equal(trim_keys(keys, idx), keys[:, :, :2]) and trim_keys(keys, torch.full((1, 3), -1)).shape == (1, 2, 0, 4)
+    assert token_gate(torch.randn(1, 3, 4), torch.randn(2, 4), keys[0, :1]).is_contiguous()
     both, fewer = keys.expand(2, -1, -1, -1), torch.tensor([[1, 3, -1], [2, -1, -1]])
     assert torch.equal(trim_keys(both, fewer), both[:, :, :2])
     assert shown_keys(both[:, :, :2], fewer).tolist() == [[True, True], [True, False]]
@@ -178,4 +180,3 @@ def test_rows_with_padding_count_their_own_tokens() -> None:
     p, inf = torch.full((2, 5), 0.5), torch.inf
     assert eligible(p, mask, 1, None).tolist() == [[-inf, -inf, inf, 0.5, 0.5], [inf, -inf, 0.5, -inf, -inf]]
     assert eligible(p, mask, None, -1).tolist() == [[-inf, -inf, 0.5, 0.5, inf], [0.5, -inf, inf, -inf, -inf]]
-    assert token_gate(torch.randn(1, 3, 4), torch.randn(2, 4), keys[0, :1]).is_contiguous()

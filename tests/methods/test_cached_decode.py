@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import sparsecc
 from sparsecc.errors import SelectionError, SpecError
 from sparsecc.ir.ops import KERNELS
 from sparsecc.methods.cached import Cached
+from sparsecc.runtime import chain
 from tests.methods.test_cached import EAGER, SLOW
 from tests.methods.test_cached_batches import padded, rows
 from tests.passes.routed import Oracle, batch, depth_router, ftp_router, llama
@@ -47,7 +49,7 @@ class Routed(Oracle):
             p = (hidden @ router["router.fc2.weight"].T + router["router.fc2.bias"]).sigmoid()[:, 0]
             goes = p > 0.5 if skipped else torch.ones_like(p, dtype=torch.bool)
             keeps[i] = torch.cat([keeps[i], goes[None]], 1)
-            paid = self.paid(layer, x, keeps[i])
+            paid = self.attention(layer, x, keeps[i])[0]
             for n, t in enumerate(at.tolist()):
                 if goes[n]:
                     others = paid[t, :t][keeps[i][0, :t]]
@@ -55,12 +57,9 @@ class Routed(Oracle):
             x = self.block(layer, x, keeps[i])
         return self.finish(x), keeps
 
-    def paid(self, layer: Any, x: Tensor, kept: Tensor) -> Tensor:
-        """The attention [S, S] of every token, averaged over heads, on the keys that its block has."""
-        whole: list[Tensor] = []
-        self.row = lambda scores, kept: whole.append(scores.masked_fill(~self.seen(kept), -torch.inf).softmax(-1).mean(1)[0])  # type: ignore[assignment, method-assign, return-value]
-        self.attention(layer, x, kept)
-        return whole[0]
+    def row(self, scores: Tensor, kept: Tensor) -> Tensor:
+        """Of every token, not the last one alone: [B, S, S]."""
+        return scores.masked_fill(~self.seen(kept), -torch.inf).softmax(-1).mean(1)
 
 
 def check(decoder: Cached, inputs: dict[str, Tensor], oracle: Any, keys: str = "kept") -> set[bool]:
@@ -127,23 +126,33 @@ def test_the_dense_rest_by_inductor(keys: str) -> None:
 def test_a_block_that_no_row_goes_through_is_not_run(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel of it is called: of its packed weights, those of keys and values alone where skipped tokens are keys."""
     model = llama(2)
-    sparsecc.prune(model, {"layers.0.*": "2:4"})
+    sparsecc.prune(model, {"*layers.0.*": "2:4"})
     weight = torch.zeros(2, 64)  # p = 0.5 for every token
     rule = sparsecc.mixture_of_depths(weight, "atleast(0.5)", positions="original", scale="none", keys=keys, decode="routed")
     ids = batch((9,))["input_ids"]
-    spec = {"layers.0.*": "2:4", "layers.0": rule}
+    spec = {"*layers.0.*": "2:4", "layers.0": rule}
     decoder = Cached(model, spec, {"input_ids": ids}, **EAGER)
-    called: list[str] = []
-    for key, kernel in KERNELS.items():
-        monkeypatch.setitem(KERNELS, key, lambda *args, key=key, kernel=kernel: called.append(key) or kernel(*args))
     router = next(t for t in decoder.token.graphs[0].history.program.gm.buffers() if t.shape == weight.shape)
-    state, found = decoder.prefill(input_ids=ids), []
+    token = torch.tensor([[3]])
+    state, before, found = decoder.prefill(input_ids=ids), dict(KERNELS), []
+    called: list[str] = []
+    monkeypatch.setattr(chain, "_plans", lambda chain: {})  # nothing recorded is replayed
+    for key, kernel in before.items():
+        monkeypatch.setitem(KERNELS, key, partial(_counted, key, kernel, called))
+    always = model.model.layers[0].input_layernorm(model.model.embed_tokens(token))[0]  # what the router sees of the token
     for goes in (True, False):
-        router.copy_(torch.tensor([0.0 if goes else 1.0, 0.0])[:, None] * torch.ones(1, 64))
         called.clear()
-        decoder.step(torch.tensor([[3]]), state)
-        found.append(len(called))
-    print(found)
+        router.copy_(torch.zeros(2, 64) if goes else always * torch.tensor([[1.0], [-1.0]]))
+        after = decoder.step(token, state)
+        assert [k.shape[2] for k in after.keys] == [9 + (goes or keys == "all"), 10]
+        found.append(sum("nm(2, 4)" in key for key in called))
+    assert found == [4, 1 if keys == "all" else 0]  # q with k and v; o; gate with up; down
+    assert keys == "all" or not called
+
+
+def _counted(key: str, kernel: Any, called: list[str], *args: Any) -> Any:
+    called.append(key)
+    return kernel(*args)
 
 
 def test_what_cannot_be_is_refused_by_name() -> None:
