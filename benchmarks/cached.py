@@ -1,7 +1,7 @@
 """A part of `benchmarks.skipping`: a prompt and the tokens after it with KV caches of another length in each block, end to end.
 
-Compared in turns on the same two graphs (a prompt, a token): torch.compile, sparsecc without a rule, and with one: FTP on SmolLM2-135M with a
-real text, CoreMatching on a LLaVA-style stack of random weights with planted core tokens. All of them give logits of the last token alone.
+Compared in turns on the same two graphs (a prompt, a token): torch.compile, sparsecc without a rule, and with one: FTP on SmolLM2-135M with
+a real text, CoreMatching on a LLaVA-style stack of random weights with planted core tokens. All give logits of the last token alone.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ def measure(
     made: Mapping[str, Cached], inputs: Mapping[str, Tensor], same: Mapping[str, Any], threads: int, seconds: float, steps: int = STEPS,
     rounds: int = 3,
 ) -> list[dict[str, Any]]:
-    """A row: seconds of a prompt, of a token after it, and of a prompt with `steps` tokens. The last are measured as they are generated, each
-    longer than the one before."""
+    """A row: seconds of a prompt, of a token after it, and of a prompt with `steps` tokens, for each of which the caches grow."""
     states = {name: one.prefill(**inputs) for name, one in made.items()}
     token = next(iter(states.values())).logits.argmax(-1)
     whole = interleaved({name: lambda one=one: one.generate(steps, **inputs) for name, one in made.items()}, seconds, rounds)

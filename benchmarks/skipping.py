@@ -1,6 +1,6 @@
 """Skipping at run time, measured: neurons of feed-forward blocks in decode, tokens in prefill.
 
-    python -m benchmarks.skipping [--parts neurons,selection,ftp,cached,router,merge] [--sizes 2048/8192,4096/11008] [--threads 1,2] [--out FILE]
+    python -m benchmarks.skipping [--parts neurons,selection,ftp,cached,router,merge] [--sizes 2048/8192] [--threads 1,2] [--out FILE]
 
 neurons: one token through a ReLU block with random weights, whose gate is shifted so that a given fraction of activations is zero;
   sparsecc's kernel with and without a sketch of the gate, torch's dense linears, and the machine's read limit, all in turns.

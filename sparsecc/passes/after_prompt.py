@@ -21,6 +21,7 @@ from sparsecc.ir.program import Program, Region
 from sparsecc.passes.blocks import Block, outer
 from sparsecc.passes.grouped import group_queries
 from sparsecc.passes.route import Routes, arguments, one_of_each
+from sparsecc.passes.shorter import Shorter
 from sparsecc.routing import DepthRouter, TokenRouter
 from sparsecc.skipping import Tokens
 
@@ -71,10 +72,13 @@ class _Past:
             past: Any = node.args[0]
             with graph.inserting_before(output):
                 kept = graph.call_function(HELD, (past[0], node, decision))
+            kept.meta["val"] = Shorter(value_of(block.x)).rows(value_of(node), f"{decision.name}_keys")
             output.replace_input_with(node, kept)
             for user in [user for user in node.users if user.target is SHOWN]:
                 with graph.inserting_before(output):
-                    self.program.replace(user, graph.call_function(HELD_SHOWN, (user.args[1], decision)))
+                    shown = graph.call_function(HELD_SHOWN, (user.args[1], decision))
+                shown.meta["val"] = kept.meta["val"][:, 0, :, 0].bool()
+                self.program.replace(user, shown)
         keys = "a key in it all the same" if rule.keys == "all" else "no key in it"
         what = "tokens after a prompt by a router"
         self.program.regions[out.name] = Region(block.names[0], (), what, f"{rule}: a token that goes past is {keys}")

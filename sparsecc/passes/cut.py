@@ -103,6 +103,7 @@ class Cutter:
             for user in [user for user in node.users if user.target is SHOWN]:
                 trimmed.append(user)
                 user.args = (trimmed, idx)
+                user.meta.pop("val", None)
 
     def _shorten_queries(self, block: Block, swapped: dict[fx.Node, fx.Node], idx: fx.Node, count: fx.Node | None) -> None:
         """What does not lead to keys and values on the kept tokens; keys and values are of all tokens."""
