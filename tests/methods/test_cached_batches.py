@@ -20,13 +20,13 @@ LENGTHS = (21, 33, 1)
 
 
 def padded(lengths: tuple[int, ...], side: str, seed: int = 1) -> dict[str, Tensor]:
-    """Prompts with padding on the left, on the right, or in the middle of them."""
+    """Prompts with padding on the left, on the right, or in the middle of them. No id stands twice in one: no two tokens are equal."""
     S, random = max(lengths), torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(lengths), S, dtype=torch.long)
     for row, n in zip(mask, lengths, strict=True):
         at = torch.arange(S)
         row[{"left": at[S - n :], "right": at[:n], "apart": torch.randperm(S, generator=random)[:n].sort().values}[side]] = 1
-    return {"input_ids": torch.randint(0, 128, mask.shape, generator=random), "attention_mask": mask}
+    return {"input_ids": torch.stack([torch.randperm(128, generator=random)[:S] for _ in lengths]), "attention_mask": mask}
 
 
 def rows(inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -125,8 +125,8 @@ def test_mixture_of_depths(policy: str, how: dict[str, Any]) -> None:
 @SLOW
 def test_prompts_of_one_length_that_keep_different_numbers() -> None:
     model, weight, routers = llama(2), depth_router(), [depth_router(), None]
-    ids = torch.randint(0, 128, (2, 19), generator=torch.Generator().manual_seed(4))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = padded((19, 19), "left")
+    ids = inputs["input_ids"]
     rule = sparsecc.mixture_of_depths(weight, "threshold(0.5)")
     decoder = Cached(model, {"layers.0": rule}, {"input_ids": ids}, **EAGER)
 
