@@ -63,18 +63,23 @@ def received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, sc
     """
     B, H, S, D = q.shape
     G = k.shape[1]
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = k.to(compute).transpose(-1, -2)
+    scale = D**-0.5 if scale is None else scale
+    if mask is None and count is None:
+        one = q[:, :, -1:].to(compute).reshape(B, G, H // G, D)
+        return ((one @ wide).view(B, H, S) * scale).softmax(-1).mean(1).float()
     real = real_tokens(mask, B, S, q.device)
     if count is not None:
         real = real & (torch.arange(S, device=q.device) < count[:, None])
-    last = S - 1 - real.flip(-1).int().argmax(-1)
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    one = q.gather(2, last.view(B, 1, 1, 1).expand(B, H, 1, D)).to(compute).reshape(B, G, H // G, D)
-    logits = (one @ k.to(compute).transpose(-1, -2)).view(B, H, S) * (D**-0.5 if scale is None else scale)
+    last = (S - 1 - real.flip(-1).int().argmax(-1)).view(B, 1, 1, 1)
+    one = q.gather(2, last.expand(B, H, 1, D)).to(compute).reshape(B, G, H // G, D)
+    logits = (one @ wide).view(B, H, S) * scale
     if mask is not None:
         mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
         row = mask[:, :, 0]
         if mask.shape[-2] > 1:
-            row = mask.expand(B, *mask.shape[1:]).gather(2, last.view(B, 1, 1, 1).expand(B, mask.shape[1], 1, S))[:, :, 0]
+            row = mask.expand(B, *mask.shape[1:]).gather(2, last.expand(B, mask.shape[1], 1, S))[:, :, 0]
         logits = logits.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else logits + row
     share = logits.masked_fill(~real[:, None], -torch.inf).softmax(-1).mean(1)
     return torch.where(real, share, 0.0).float()
@@ -92,10 +97,11 @@ def features(importance: Tensor, real: Tensor, required: float) -> Tensor:
     return _features(importance, real, required, place, place[:, -1:])
 
 
-def _features(importance: Tensor, real: Tensor, required: float, place: Tensor, number: Tensor) -> Tensor:
-    """`place` i64[B, S] counts real tokens from 1, `number` [B, 1] is how many there are."""
-    order = torch.where(real, importance, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(real.shape[1], device=real.device).expand_as(order))
+def _features(importance: Tensor, real: Tensor | None, required: float, place: Tensor, number: Tensor) -> Tensor:
+    """`place` i64[B, S] counts real tokens from 1, `number` [B, 1] is how many there are. real: None for all."""
+    rivals = importance if real is None else torch.where(real, importance, -torch.inf)
+    order = rivals.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     made = importance.new_empty((*importance.shape, 4))
     made[..., 0], made[..., 1], made[..., 2], made[..., 3] = place - 1, importance, rank, required
     made[..., ::2] /= number.clamp_min(1).unsqueeze(-1)
@@ -115,6 +121,11 @@ def probability(y: Tensor) -> Tensor:
 def route(importance: Tensor, mask: Tensor | None, required: float, weights: list[Tensor]) -> Tensor:
     """Scores f32[B, S] of FTP's learned router. The first and the last real token are kept in any case."""
     B, S = importance.shape
+    if mask is None:
+        place = torch.arange(1, S + 1, device=importance.device).expand(B, S)
+        p = probability(logits(_features(importance, None, required, place, place[:, -1:]), weights)).contiguous()
+        p[:, :1], p[:, -1:] = torch.inf, torch.inf
+        return p
     real = real_tokens(mask, B, S, importance.device)
     place = real.cumsum(-1)
     number = place[:, -1:]
