@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
 from sparsecc.compile import compile
+from sparsecc.cores import Cores
 from sparsecc.errors import SelectionError, SpecError
 from sparsecc.methods.cached_graphs import Prompt, Token
 from sparsecc.runtime.module import CompiledModule
@@ -85,7 +87,11 @@ class Cached:
         length = given["input_ids"].shape[1]
         if mask is None:
             return State(logits, keys, values, length)
-        return State(logits, keys, values, length, list(shown[0]), length - mask.sum(-1, keepdim=True))
+        for i, one in enumerate(shown := list(shown[0])):  # of no key, or one, there would be a graph for each block that has so few
+            if (none := 2 - one.shape[1]) > 0:
+                keys[i], values[i] = (F.pad(part[i], (0, 0, none, 0)) for part in (keys, values))
+                shown[i] = F.pad(one, (none, 0))
+        return State(logits, keys, values, length, shown, length - mask.sum(-1, keepdim=True))
 
     def step(self, token: Tensor, state: State) -> State:
         """One more token i64[B, 1] after a state of the latest prompt."""
@@ -125,7 +131,7 @@ class Cached:
         return self.tokens[differ]
 
     def _checked(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A prompt's inputs, padding in front; a mask only where rows differ, or may keep different numbers of tokens. Raises SpecError for
+        """A prompt's inputs, padding in front; a mask only where rows differ, or may have different numbers of keys. Raises SpecError for
         others than those that graphs take, SelectionError for a shape that nothing can leave."""
         name = type(self).__name__
         if unknown := set(inputs) - set(INPUTS):
@@ -133,14 +139,16 @@ class Cached:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None or ids.ndim != 2:
             raise SpecError(f"{name} needs input_ids [B, S]")
-        given = dict(inputs) if mask is None else {n: v for n, v in (inputs | _padded_in_front(ids, mask)).items() if v is not None}
+        given = dict(inputs) | ({} if mask is None else _padded_in_front(ids, mask))
+        given = {key: value for key, value in given.items() if value is not None}
         B, S = given["input_ids"].shape
         if S < 2:
             raise SelectionError("input_ids is a prompt of one token, of which none can leave: give the whole prompt")
         mask, rules = given.get("attention_mask"), (self.rules or {}).values()
-        if mask is not None and (chosen := next((r for r in rules if isinstance(r, Neurons) and r.score), None)):
+        if mask is not None and (chosen := next((r for r in rules if isinstance(r, Cores) or (isinstance(r, Neurons) and r.score)), None)):
             raise SelectionError(f"attention_mask: padding would choose neurons for {chosen}: give prompts of one length, or one at a time")
-        if mask is None and B > 1 and any(isinstance(rule, Tokens) and (rule.by_scores or rule.decode != "all") for rule in rules):
+        tokens = [rule for rule in rules if isinstance(rule, Tokens)]
+        if mask is None and any(rule.decode == "routed" or (B > 1 and rule.by_scores) for rule in tokens):
             given["attention_mask"] = torch.ones_like(given["input_ids"])
         return given
 

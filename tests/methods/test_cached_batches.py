@@ -103,7 +103,8 @@ DEPTHS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "how"), [DEPTHS[0], *(pytest.param(*one, marks=SLOW) for one in DEPTHS[1:])])
+@SLOW
+@pytest.mark.parametrize(("policy", "how"), DEPTHS)
 def test_mixture_of_depths(policy: str, how: dict[str, Any]) -> None:
     model, weight = llama(3), depth_router()
     inputs = padded((21, 33, 7), "left")

@@ -122,7 +122,8 @@ def test_the_dense_rest_by_inductor(keys: str) -> None:
     check(decoder, inputs, lambda ids, n: Routed(model, ids, n, keys).depths([weight, None], 0.5, False, "mlp"), keys)
 
 
-@pytest.mark.parametrize("keys", ["kept", pytest.param("all", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("keys", ["kept", "all"])
 def test_a_block_that_no_row_goes_through_is_not_run(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel of it is called: of its packed weights, those of keys and values alone where skipped tokens are keys."""
     model = llama(2)
