@@ -42,13 +42,14 @@ class Eager:
 
     @torch.no_grad()
     def prefill(self, **inputs: Any) -> State:
-        return State(*self.prompt(**inputs), inputs["input_ids"].shape[1])
+        logits, keys, values = self.prompt(**inputs)
+        return State(logits, keys, values, inputs["input_ids"].shape[1])
 
     @torch.no_grad()
     def step(self, token: torch.Tensor, state: State) -> State:
         place = torch.full(token.shape, state.position)
-        made = self.token(input_ids=token, position_ids=place, keys=state.keys, values=state.values)
-        return State(*made, state.position + 1)
+        logits, keys, values = self.token(input_ids=token, position_ids=place, keys=state.keys, values=state.values)
+        return State(logits, keys, values, state.position + 1)
 
 
 def build(model: Any, rule: sparsecc.Cores, inputs: dict[str, Any], remainder: str) -> dict[str, Any]:

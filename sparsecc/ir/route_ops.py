@@ -65,16 +65,16 @@ def received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, sc
     G = k.shape[1]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     wide = k.to(compute).transpose(-1, -2)
-    scale = D**-0.5 if scale is None else scale
+    factor = D**-0.5 if scale is None else scale
     if mask is None and count is None:
         one = q[:, :, -1:].to(compute).reshape(B, G, H // G, D)
-        return ((one @ wide).view(B, H, S) * scale).softmax(-1).mean(1).float()
+        return ((one @ wide).view(B, H, S) * factor).softmax(-1).mean(1).float()
     real = real_tokens(mask, B, S, q.device)
     if count is not None:
         real = real & (torch.arange(S, device=q.device) < count[:, None])
     last = (S - 1 - real.flip(-1).int().argmax(-1)).view(B, 1, 1, 1)
     one = q.gather(2, last.expand(B, H, 1, D)).to(compute).reshape(B, G, H // G, D)
-    logits = (one @ wide).view(B, H, S) * scale
+    logits = (one @ wide).view(B, H, S) * factor
     if mask is not None:
         mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
         row = mask[:, :, 0]

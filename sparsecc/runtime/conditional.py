@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from sparsecc.ir.conditional_ops import GOES, HELD, HELD_SHOWN, THROUGH
 from sparsecc.ir.infer import new_size, value_of
@@ -59,7 +60,7 @@ def _run(program: Program, steps: Sequence[Part | fx.Node], inputs: Sequence[Any
     with torch.no_grad():
         for step in steps:
             if isinstance(step, fx.Node):
-                args = fx.node.map_arg(step.args, values.get)
+                args = map_arg(step.args, values.get)
                 values[step] = step.target(*args)  # type: ignore[operator]
             elif step.goes is None or bool(values[step.goes].any()):
                 values |= zip(step.outputs, step.run(*(values[node] for node in step.inputs)), strict=True)
