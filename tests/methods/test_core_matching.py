@@ -142,8 +142,8 @@ def test_a_decoder_keeps_its_planted_tokens(target: str) -> None:
         core.prefill(input_ids=prompt[:, :1])
     with pytest.raises(SelectionError, match="batch of 2"):
         core.prefill(input_ids=prompt.expand(2, -1))
-    with pytest.raises(SpecError, match="attention_mask"):
-        core.prefill(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+    with pytest.raises(SpecError, match="not position_ids"):
+        core.prefill(input_ids=prompt, position_ids=torch.ones_like(prompt))
     assert torch.equal(core.generate(3, input_ids=prompt), core.generate(3, input_ids=prompt))
 
 
