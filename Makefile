@@ -37,7 +37,7 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
