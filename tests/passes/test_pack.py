@@ -162,3 +162,35 @@ def test_formats_for(pattern: str, kept: float, codec: str | None, dtype: torch.
 )
 def test_formats_for_a_few_tokens(pattern: str, kept: float, tokens: int, formats: list[str]) -> None:
     assert [str(f) for f in formats_for(parse_pattern(pattern), weight(kept), None, tokens)] == formats
+
+
+CHAIN = """\
+# sparsecc program, stage: select
+def program(x: "f32[2, 64, 16]"):
+    a: "f32[32, 16] % unstructured" = const("a.weight")
+    b: "f32[32, 32] % unstructured" = const("b.weight")
+    c: "f32[32, 32] % unstructured" = const("c.weight")
+    d: "f32[8, 32] % unstructured" = const("d.weight")
+    h: "f32[2, 64, 32]" = sparsecc.linear(x, [a], None, None, terms="f32[32, 16] % unstructured", epilogue="", layout="row", kernel="")
+    i: "f32[2, 64, 32]" = sparsecc.linear(h, [b], None, None, terms="f32[32, 32] % unstructured", epilogue="", layout="row", kernel="")
+    j: "f32[2, 64, 32]" = sparsecc.linear(i, [c], None, None, terms="f32[32, 32] % unstructured", epilogue="", layout="row", kernel="")
+    y: "f32[2, 64, 8]" = sparsecc.linear(j, [d], None, None, terms="f32[8, 32] % unstructured", epilogue="", layout="row", kernel="")
+    return (y,)
+"""
+
+
+def test_linears_in_a_chain_are_asked_as_the_chain_calls_them() -> None:
+    tuner = FakeTuner()
+    tuner.between = object()  # type: ignore[assignment]
+    packed(tuner, text=CHAIN)
+    assert {p.name: p.layout for p in tuner.problems} == {"a": "row", "b": "token", "c": "token", "d": "row"}, "the ends move rows"
+
+
+def test_where_dense_stays_its_neighbours_are_asked_again() -> None:
+    tuner = FakeTuner(lambda p: None if p.name == "b" else p.formats[0])
+    tuner.between = object()  # type: ignore[assignment]
+    program = packed(tuner, text=CHAIN)
+    asked = [(p.name, p.layout) for p in tuner.problems]
+    assert asked[:4] == [("a", "row"), ("b", "token"), ("c", "token"), ("d", "row")]
+    assert ("c", "row") in asked[4:], "it now reads what torch wrote"
+    assert [view.terms[0].format is not None for view in program.linears()] == [True, False, True, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ def test_what_makes_layers_differ(tmp_path: Path, contests: list[str]) -> None:
     keys = {key(p) for p in others}
     assert base not in keys and len(keys) == len(others)
     assert not contests
+
+
+def test_shapes_that_dead_neurons_leave_share_a_contest(tmp_path: Path) -> None:
+    tuner = make(tmp_path)
+    key = lambda n: tuner._key(problem(sparse(n, 64, 0.25)), {})  # noqa: E731
+    assert key(1530) == key(1536) != key(1537)
+    assert key(60) != key(64), "of a small layer every row counts"
+
+
+@pytest.mark.parametrize("tokens", [64, 96, 700])
+def test_a_layer_in_a_chain_is_timed_on_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Checked against float64 like any other; of many tokens some."""
+    stopwatch(monkeypatch, 0.5)
+    tuner, w = make(tmp_path), sparse(64, 64, 0.25)
+    choice = tuner.choose(replace(problem(w, tokens, epilogue="gelu", residual=True), layout="token"))
+    assert choice.format == CSR and choice.tokens == min(tokens, tuner_module.TIMED)
+    assert tuner._key(problem(w), {}) != tuner._key(replace(problem(w), layout="token"), {})
 
 
 def test_no_time_at_all_still_gives_a_choice(tmp_path: Path, contests: list[str]) -> None:
