@@ -270,7 +270,8 @@ class CpuTuner:
         even = None
         if sparse.seconds is not None and dense.seconds is not None:
             even = break_even({zeros: sparse.seconds}, dense.seconds)
-            wins, by, how = sparse.seconds <= WINS_BY * dense.seconds, dense.seconds / sparse.seconds, "measured"
+            wins, by = sparse.seconds <= WINS_BY * dense.seconds, dense.seconds / sparse.seconds
+            how = "measured in a chain" if problem.layout == "token" else "measured"
         else:
             wins, by, how = sparse.predicted < dense.predicted, dense.predicted / sparse.predicted, "predicted"
         if problem.picture is not None:

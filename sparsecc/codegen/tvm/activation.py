@@ -5,7 +5,7 @@
 NaN for -inf, as in torch. Under a softmax, where what counts is the error times the result, v log2 e is rounded once: 2e-7 + 2e-8 |v|
 (6e-8 |v| without fused multiply-add).
 gelu(v) is max(v, 0) - |v| erfc(|v| / sqrt 2) / 2, and log2 of that erfc is |v| Q(|v|): Q is fitted for the least absolute error of gelu,
-1e-7, up to where the second term vanishes in float32. No division, and no case.
+1e-7, up to where the second term vanishes in float32. No division.
 """
 
 from __future__ import annotations
