@@ -164,14 +164,14 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
 def kernels_table(rows: list[dict[str, Any]]) -> Table:
     """Fractions of the limit, median and upper quartile."""
     table = Table(title="kernels: fraction of the fp32 FMA peak (M = 1: of the read bandwidth), median (upper quartile)")
-    left, numbers = ("N x K", "format"), ("zeros", "M", "threads", "limit G/s", "kernel us", "kernel", "whole call", "token-minor call")
+    left, numbers = ("N x K", "format"), ("zeros", "M", "threads", "limit G/s", "kernel us", "kernel", "whole call")
     for name in (*left, *numbers, "configuration"):
         table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != "configuration")
     for row in rows:
         if "step" not in row:
             table.add_row(row.get("shape", ""), row.get("format", ""), "", "", str(row["threads"]), "", "", "[red]failed")
             continue
-        shares = [f"{row[k]['fraction']:.2f} ({row[k]['top']:.2f})" if k in row else "" for k in ("step", "call", "inplace")]
+        shares = [f"{row[k]['fraction']:.2f} ({row[k]['top']:.2f})" for k in ("step", "call")]
         head = [row["shape"], row["format"], f"{row['sparsity']:.0%}", str(row["tokens"]), str(row["threads"])]
         table.add_row(*head, f"{row['limit'] / 1e9:.1f}", f"{1e6 * row['step']['seconds']:.0f}", *shares, row["config"])
     return table

@@ -15,8 +15,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,6 +28,7 @@ from benchmarks.limits import FmaLimit, Limit, ReadLimit, clock_of
 from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
+from sparsecc.codegen.tvm.native import Calls, Native
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, parse_format
@@ -47,6 +48,8 @@ COPIES = 256
 STREAMS = (1, 4, 8)
 """Places that a thread of the read limit may follow at once."""
 TOLERANCE = 2e-5
+IN_ONE = 8
+"""Kernel calls in a row: an encoder's layer has about as many."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,35 @@ class Job:
     rounds: int = 9
 
 
-def record(call: Callable[[], Tensor]) -> Callable[[], Any]:
-    """The last kernel of `call`: the product, after packing. Its buffers and result stay alive with it."""
-    with Recorder(Pool()) as recorder:
-        result = call()
-    code, args = recorder.calls[-1]
-    return lambda keep=(recorder.pool, result): code(*args)
+@dataclass(frozen=True)
+class Timed:
+    """Something to time, and how many calls of a kernel it makes."""
+
+    run: Callable[[], Any]
+    calls: int = 1
+
+
+def record(calls: Sequence[Callable[[], Tensor]]) -> Timed:
+    """The last kernel of each call (the product, after packing), one after the other without Python in between, as a chain of a
+    compiled model runs them; as often as it takes to make Python's part small."""
+    kept, kernels = [], []
+    for call in calls:
+        with Recorder(Pool()) as recorder:
+            kept.append((recorder.pool, call()))
+        kernels.append(recorder.calls[-1])
+    kernels *= -(-IN_ONE // len(kernels))
+    if not all(isinstance(code, Native) for code, _ in kernels):  # no linker here: TVM's JIT runs them
+        return Timed(lambda keep=kept: [code(*args) for code, args in kernels], len(kernels))
+    together = Calls(kernels)
+    return Timed(lambda keep=kept: together(), len(kernels))
 
 
 def paired(
-    fns: dict[str, Callable[[], Any]], work: float, limit: Limit, seconds: float, rounds: int, clock: Callable[[], float]
+    fns: dict[str, Timed], work: float, limit: Limit, seconds: float, rounds: int, clock: Callable[[], float]
 ) -> dict[str, dict[str, float]]:
-    """Time `fns` in turn, each sample between two of the limit. Per function: seconds (median), fraction (median) of the limit's
-    rate at which it does `work`, top (the upper quartile of that, the rounds that nobody disturbed)."""
-    once = {name: _seconds(f, clock) for name, f in fns.items()}
+    """Time `fns` in turn, each sample between two of the limit. Per function: seconds of one call (median), fraction (median) of the
+    limit's rate at which it does `work` a call, top (the upper quartile of that, the rounds that nobody disturbed)."""
+    once = {name: _seconds(f.run, clock) for name, f in fns.items()}
     repeats = {name: max(1, min(1000, math.ceil(SAMPLE / each))) for name, each in once.items()}
     span = min(LONGEST, max(SAMPLE, max(once.values()) / 2))
     took: dict[str, list[float]] = {name: [] for name in fns}
@@ -87,8 +105,8 @@ def paired(
         for name, f in fns.items():
             start = clock()
             for _ in range(repeats[name]):
-                f()
-            took[name].append(max(1e-9, clock() - start) / repeats[name])
+                f.run()
+            took[name].append(max(1e-9, clock() - start) / (repeats[name] * f.calls))
             after = limit.rate(span)
             fractions[name].append(work / took[name][-1] / ((before + after) / 2))
             before = after
@@ -136,45 +154,51 @@ def rows(job: Job, backend: TvmBackend) -> Iterator[dict[str, Any]]:
 
 
 def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: list[Tensor], tokens: int, fma: FmaLimit) -> dict[str, Any]:
-    """The best configuration of the backend's space, checked: "step" (the kernel on packed tiles), "call" (row-major in and out),
-    "inplace" (token-minor in and out, as between a model's layers; not for a few tokens)."""
+    """The best configuration of the backend's space, checked: "step" (the kernel in a model's chain: no Python, and many tokens
+    token-minor in and out), "call" (the whole call from Python, row-major in and out)."""
     N, K = weight.shape
     ragged, wide = N % (fmt.block[0] * fmt.level.window) > 0, fmt.grid(N, K)[1] > 65536
-    few = tokens == 1 or (tokens <= GROUP and serves_few(fmt, backend.isa))
-    spec = KernelSpec((fmt,), regime="many" if not few else "one" if tokens == 1 else "few", ragged=ragged, wide=wide)
     x, nbytes = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)), sum(a.nbytes for a in arrays)
+    spread = empty_output(x, K, "token").copy_(x)
     sets = [arrays]
     limit: Limit = fma
-    cold = tokens <= GROUP
+    cold = tokens < GROUP
     if cold:
         sets += [[a.clone() for a in arrays] for _ in range(min(COPIES, -(-FOOTPRINT // nbytes)) - 1)]
         limit = max((ReadLimit(job.threads, nbytes, len(sets), streams) for streams in STREAMS), key=lambda read: read.rate(0.05))
     work = nbytes if cold else 2 * int(weight.count_nonzero()) * tokens
     clock = clock_of(job.threads)
-    contest: list[tuple[float, CpuConfig]] = []
-    for config in backend.space(spec):
-        fns = functions(LinearKernel(backend, spec, config, (N, K)).prepare(tokens), x, sets, weight)
-        contest.append((paired({"step": fns["step"]}, work, limit, job.seconds / 6, 3, clock)["step"]["fraction"], config))
-    best = max(contest, key=lambda entry: entry[0])[1]
-    fns = functions(LinearKernel(backend, spec, best, (N, K)).prepare(tokens), x, sets, weight)
-    if not cold:
-        across = LinearKernel(backend, KernelSpec(**{**vars(spec), "layout": "token"}), best, (N, K)).prepare(tokens)
-        fns["inplace"] = functions(across, empty_output(x, K, "token").copy_(x), sets, weight)["call"]
+
+    def kernel(spec: KernelSpec, config: CpuConfig) -> list[Callable[[], Tensor]]:
+        made = LinearKernel(backend, spec, config, (N, K)).prepare(tokens)
+        return calls_of(made, spread if spec.layout == "token" else x, sets, weight)
+
+    many = KernelSpec((fmt,), regime="many", ragged=ragged, wide=wide)
+    specs = [] if cold else [replace(many, layout="token")]
+    if tokens == 1 or (tokens <= GROUP and serves_few(fmt, backend.isa)):
+        specs.append(replace(many, regime="one" if tokens == 1 else "few"))
+    contest: list[tuple[float, KernelSpec, CpuConfig]] = []
+    candidates = [(way, config) for way in specs or [many] for config in backend.space(way)]
+    for way, config in candidates:
+        step = record(kernel(way, config))
+        contest.append((paired({"step": step}, work, limit, job.seconds / 6, 3, clock)["step"]["fraction"], way, config))
+    _, spec, best = max(contest, key=lambda entry: entry[0])
+    fns = {"step": record(kernel(spec, best)), "call": Timed(_in_turn(kernel(replace(spec, layout="row"), best)))}
     result: dict[str, Any] = {"config": to_text(best), "bytes": nbytes, "limit": limit.rate(50 * SAMPLE), "copies": len(sets)}
     if isinstance(limit, ReadLimit):
         result["streams"] = limit.streams
     return result | paired(fns, work, limit, job.seconds, job.rounds, clock)
 
 
-def functions(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight: Tensor) -> dict[str, Callable[[], Any]]:
-    """{"step", "call"} of a kernel, over the copies of the weight in turn. Raises ValueError if some outputs are wrong."""
+def calls_of(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight: Tensor) -> list[Callable[[], Tensor]]:
+    """A call of a kernel per copy of the weight. Raises ValueError if some outputs are wrong."""
     calls = [lambda arrays=arrays: kernel(x, arrays, None, None) for arrays in sets]
     some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(2))[:256]
     wanted = x.double() @ weight[some].double().t()
     wrong = float((calls[0]()[:, some] - wanted).abs().max() / wanted.abs().max())
     if not wrong < TOLERANCE:
         raise ValueError(f"{kernel.spec} {kernel.config} is wrong by {wrong:.2g} of the largest output")
-    return {"step": _in_turn([record(call) for call in calls]), "call": _in_turn(calls)}
+    return calls
 
 
 def _in_turn(fns: list[Callable[[], Any]]) -> Callable[[], Any]:
@@ -189,7 +213,7 @@ def describe(row: dict[str, Any]) -> str:
     head = f"{row['shape']:>11} {row['format']:11} {row['sparsity']:.0%} M={row['tokens']:<4}"
     if "failed" in row:
         return f"{head} {row['failed']}"
-    return f"{head} " + "  ".join(f"{kind} {row[kind]['fraction']:.2f}" for kind in ("step", "call", "inplace") if kind in row)
+    return f"{head} " + "  ".join(f"{kind} {row[kind]['fraction']:.2f}" for kind in ("step", "call"))
 
 
 def main() -> None:
