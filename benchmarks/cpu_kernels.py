@@ -31,6 +31,7 @@ from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
 from sparsecc.codegen.tvm.native import Calls, Native
 from sparsecc.codegen.tvm.spmv import GROUP
 from sparsecc.codegen.tvm.terms import serves_few
+from sparsecc.codegen.tvm.tiles import SPAN
 from sparsecc.formats import Format, parse_format
 from sparsecc.formats.level import NM
 from sparsecc.ir.ops import empty_output
@@ -159,7 +160,8 @@ def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: 
     N, K = weight.shape
     ragged, wide = N % (fmt.block[0] * fmt.level.window) > 0, fmt.grid(N, K)[1] > 65536
     x, nbytes = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)), sum(a.nbytes for a in arrays)
-    spread = empty_output(x, K, "token").copy_(x)
+    spans = x.view(-1, min(SPAN, tokens), K)  # between a chain's kernels, spans lie like sequences
+    spread = empty_output(spans, K, "token").copy_(spans)
     sets = [arrays]
     limit: Limit = fma
     cold = tokens < GROUP
@@ -195,7 +197,7 @@ def calls_of(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight: 
     calls = [lambda arrays=arrays: kernel(x, arrays, None, None) for arrays in sets]
     some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(2))[:256]
     wanted = x.double() @ weight[some].double().t()
-    wrong = float((calls[0]()[:, some] - wanted).abs().max() / wanted.abs().max())
+    wrong = float((calls[0]()[..., some] - wanted).abs().max() / wanted.abs().max())
     if not wrong < TOLERANCE:
         raise ValueError(f"{kernel.spec} {kernel.config} is wrong by {wrong:.2g} of the largest output")
     return calls

@@ -13,26 +13,28 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsecc.errors import CaptureError
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import get_attr, make_module
 
 
-def to_aten(gm: fx.GraphModule) -> fx.GraphModule | None:
+def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
     """The same inputs, constants and outputs. Inputs know their fakes as "example_value"; every node of the result knows its own as "val".
-    None for a graph that cannot be traced, such as one with branches: passes know linears by their torch names, too."""
+    Raises CaptureError for a graph that cannot be traced, such as one with branches: of torch's own names passes know the linears."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     consts = {str(node.target): get_attr(gm, str(node.target)) for node in gm.graph.nodes if node.op == "get_attr"}
     fakes = [value_of(node) for node in inputs]
     mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
     tensors = {name: value for name, value in consts.items() if isinstance(value, torch.Tensor)}
     if mode is None or len(tensors) < len(consts):
-        return None
+        inside = sorted(set(consts) - set(tensors))
+        raise CaptureError(f"it has functions of its own ({', '.join(inside[:4])})" if inside else "no input of it is a tensor")
     try:
         with tracing(TracingContext(mode)), mode, torch.no_grad():
             lifted = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors.values()]
             traced = make_fx(_Run(gm, list(tensors)), pre_dispatch=True)(*lifted, *fakes)
-    except Exception:  # whatever a torch function raises on values that are not there yet
-        return None
+    except Exception as error:  # whatever a torch function raises on values that are not there yet
+        raise CaptureError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}") from error
     return _renamed(traced, tensors, [node.name for node in inputs])
 
 

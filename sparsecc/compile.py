@@ -22,7 +22,7 @@ from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, RELEASED
 from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
 from sparsecc.ir.merge_ops import MERGE
 from sparsecc.ir.ops import KERNELS, LINEAR
-from sparsecc.ir.program import Program
+from sparsecc.ir.program import NOTES, Program
 from sparsecc.ir.route_ops import SCATTER_KEPT
 from sparsecc.ir.skip_ops import NEURONS, REQUEST, SCATTER
 from sparsecc.ir.text import print_program
@@ -158,7 +158,7 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
 
     with progress(_regions(program), sys.stderr.isatty()) as bar:
         tuner = options.tuner(bar.step)
-        context = Context(options.spec, tuner)
+        context = Context(options.spec, tuner, notes=list(program.gm.meta.get(NOTES, ())))
         history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
     if dumper is not None:
         for node in history.program.graph.nodes:

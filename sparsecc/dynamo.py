@@ -22,7 +22,7 @@ from sparsecc.capture import share_tied
 from sparsecc.errors import CaptureError
 from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import infer
-from sparsecc.ir.program import Program, make_module
+from sparsecc.ir.program import NOTES, Program, make_module
 from sparsecc.names import Names
 
 Compiled = Callable[..., Any]
@@ -74,7 +74,7 @@ class Frozen:
         self.names = weight_names(self.inputs)
         self.frozen = [i for i, node in enumerate(self.inputs) if is_weight(node) and not _written(node)]
         # Dynamo erases the sources and fakes of its graph after this call; later ones work on what is made of it now.
-        self.graph = to_aten(gm) or _copy(gm)
+        self.graph, self.notes = _traced(gm)
         self.lock = threading.Lock()
         self.current: Frost | None = None
 
@@ -102,6 +102,7 @@ class Frozen:
         """The graph with the frozen inputs as constants. Raises CaptureError if it was traced in train mode."""
         _require_eval(self.gm)
         program = Program(_copy(self.graph), "capture")
+        program.gm.meta[NOTES] = self.notes
         for i, node in enumerate(program.inputs):
             if i not in set(self.frozen):
                 continue
@@ -117,6 +118,14 @@ class Frozen:
         program.finish()
         infer(program)
         return program
+
+
+def _traced(gm: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The graph in ATen where it can be had, and what to tell the user where not."""
+    try:
+        return to_aten(gm), ()
+    except CaptureError as why:
+        return _copy(gm), (f"only linears were looked at, since Dynamo's graph cannot be traced to ATen: {why}",)
 
 
 def is_weight(node: fx.Node) -> bool:

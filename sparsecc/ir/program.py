@@ -120,6 +120,10 @@ class LinearView:
         return self
 
 
+NOTES = "sparsecc_notes"
+"""Key in a captured graph module's meta: what the user should hear of how it was captured."""
+
+
 class Program:
     """The compiler's view of a model: placeholders and a tuple of outputs, both flat; weights as get_attr.
 

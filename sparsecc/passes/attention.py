@@ -57,6 +57,14 @@ def mask_of(node: fx.Node) -> Any:
     return None if mask is None else _unexpanded(mask)
 
 
+def hides(mask: Any) -> str:
+    """What a mask hides, as kernels call it: one row may speak for all queries."""
+    if mask is None:
+        return ""
+    rows = value_of(mask).shape[-2]
+    return "keys" if isinstance(rows, int) and rows == 1 else "rows"
+
+
 def is_causal(node: fx.Node) -> bool:
     """Whether torch's attention was told so."""
     return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))

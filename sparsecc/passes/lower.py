@@ -17,6 +17,7 @@ from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program
 from sparsecc.ir.token_ops import APPEND, ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
+from sparsecc.passes.attention import hides
 from sparsecc.passes.bundle import lower_neurons
 from sparsecc.passes.context import Context
 from sparsecc.passes.core import lower_cores
@@ -88,14 +89,6 @@ def _name_kernel(node: fx.Node, between: Any) -> None:
     if between is not None:
         key, KERNELS[key] = BETWEEN[node.target](between, node)
     node.args = (*node.args[:-1], key)
-
-
-def hides(mask: Any) -> str:
-    """What a mask hides, as kernels call it: one row may speak for all queries."""
-    if mask is None:
-        return ""
-    rows = value_of(mask).shape[-2]
-    return "keys" if isinstance(rows, int) and rows == 1 else "rows"
 
 
 def _head_size(node: fx.Node) -> int:

@@ -73,9 +73,7 @@ def _choices(program: Program, problems: dict[fx.Node, Problem], tuner: Tuner) -
         return {node: tuner.choose(problem) for node, problem in problems.items()}
     packed, chosen = set(problems), {}
     while True:
-        plan = TokenMinor.of(program, packed)
-        plan.settle()
-        chained = plan.chained()
+        chained = TokenMinor.of(program, packed, tuner.between).chained()
         for node, problem in problems.items():
             layout = "token" if node in chained and problem.picture is None else "row"
             if node not in chosen or chosen[node][0] != layout:

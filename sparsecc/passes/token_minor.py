@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sparsecc.ir.image_ops import IMAGE_MEANINGS
+from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import LinearView, Program
 from sparsecc.ir.route_ops import RECEIVED
+from sparsecc.passes.attention import SDPA, hides, is_causal, key_heads, mask_of
 from sparsecc.passes.between import sites
+from sparsecc.passes.context import Attention, Between
 from sparsecc.passes.site import Site, fills_vectors, root
 
 
@@ -30,8 +33,9 @@ class TokenMinor:
     token: set[fx.Node] = field(default_factory=set)
 
     @staticmethod
-    def of(program: Program, packed: Iterable[fx.Node]) -> TokenMinor:
-        """Everything that could be token-minor if these linears run on packed weights."""
+    def of(program: Program, packed: Iterable[fx.Node], between: Between | None) -> TokenMinor:
+        """Everything that is token-minor if these linears run on packed weights, and attention where the target's kernel is the faster
+        one. Without a target the dense meaning serves either way."""
         plan = TokenMinor({node for node in packed if fills_vectors(LinearView(node).x)})
         for site in sites(program):
             if not all(fills_vectors(read) for read in site.reads):
@@ -40,6 +44,12 @@ class TokenMinor:
             plan.owner |= dict.fromkeys((site.node, *site.inside), site)
             plan.views |= site.views
         plan.token = plan.linears | set(plan.sites)
+        plan.settle()
+        attentions = [site for site in plan.sites.values() if site.node.target is SDPA]
+        slower = [site for site in attentions if between is not None and not between.attention_pays(_attention(site.node))]
+        if slower:
+            plan.drop(slower)
+            plan.settle()
         return plan
 
     def settle(self) -> None:
@@ -91,3 +101,11 @@ class TokenMinor:
         """Whether what it reads, or gives, is token-minor: one of them if it may end the chain, else all."""
         reads = [root(read, self.views) in self.token for read in site.reads]
         return any((site.node in self.token, *reads)) if site.ends else all((site.node in self.token, *reads))
+
+
+def _attention(node: fx.Node) -> Attention:
+    q, k = (value_of(arg) for arg in node.all_input_nodes[:2])
+    hint = lambda size, other: size if isinstance(size, int) else (size.node.hint or other)  # noqa: E731
+    B, H, S, D = (hint(size, 128) for size in q.shape)
+    hidden = "causal" if is_causal(node) else hides(mask_of(node))
+    return Attention(B, H, hint(key_heads(node), H), S, hint(k.shape[2], S), D, hidden)
