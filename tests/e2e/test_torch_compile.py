@@ -10,6 +10,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import sparsecc
+from sparsecc.compile import Options, build
+from sparsecc.dynamo import Frozen
+from sparsecc.ir.program import Program
 
 PATTERN = "block(4, 1, 0.9)"
 
@@ -99,3 +102,23 @@ def test_globs_across_a_graph_break() -> None:
 
     with pytest.warns(UserWarning, match="in this part of the model"):
         torch.testing.assert_close(through(parts, {"up": PATTERN, "down": PATTERN})(x), model.down(model.up(x)), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_looked_at_whole_is_said() -> None:
+    """torch.cond keeps Dynamo's own ops; the linears around it are packed all the same."""
+    up, built = block().up, []
+
+    def branching(x: torch.Tensor) -> torch.Tensor:
+        y = up(x)
+        return torch.cond(y.sum() > 0, lambda v: v.relu(), lambda v: -v, (y,))
+
+    def keep(program: Program, inputs: Any) -> Any:
+        built.append(build(program, inputs, Options(sparsity=PATTERN, autotune="none", remainder="eager")))
+        return built[-1].run
+
+    x = torch.randn(16, 256)
+    got = torch.compile(branching, backend=lambda gm, inputs: Frozen(gm, keep))(x)
+    torch.testing.assert_close(got, branching(x), rtol=0, atol=1e-5)
+    told = str(built[0].explanation)
+    assert "note: only linears were looked at" in told
+    assert "cond" in told

@@ -14,7 +14,7 @@ from sparsecc.ir.infer import infer
 from sparsecc.ir.program import Program
 from sparsecc.ir.text import parse_program
 from sparsecc.ir.verify import verify
-from sparsecc.passes.context import Choice, Context, Problem
+from sparsecc.passes.context import Attention, Choice, Context, Problem
 from sparsecc.passes.pack import Pack, formats_for, tokens_of
 from sparsecc.spec import SparsitySpec, options
 
@@ -194,3 +194,44 @@ def test_where_dense_stays_its_neighbours_are_asked_again() -> None:
     assert asked[:4] == [("a", "row"), ("b", "token"), ("c", "token"), ("d", "row")]
     assert ("c", "row") in asked[4:], "it now reads what torch wrote"
     assert [view.terms[0].format is not None for view in program.linears()] == [True, False, True, True]
+
+
+def head(name: str, at: int) -> str:
+    """A third of qkv as heads [2, 4, 64, 4]."""
+    return (
+        f"    {name}: \"f32[2, 64, 16]\" = aten.slice.Tensor(qkv, -1, {at}, {at + 16})\n"
+        f"    {name}4: \"f32[2, 64, 4, 4]\" = aten.reshape.default({name}, [2, 64, 4, 4])\n"
+        f"    {name}t: \"f32[2, 4, 64, 4]\" = aten.transpose.int({name}4, 1, 2)\n"
+    )
+
+
+ATTENTION = f"""\
+# sparsecc program, stage: select
+def program(x: "f32[2, 64, 16]"):
+    a: "f32[48, 16] % unstructured" = const("qkv.weight")
+    b: "f32[16, 16] % unstructured" = const("out.weight")
+    c: "f32[16, 16] % unstructured" = const("next.weight")
+    qkv: "f32[2, 64, 48]" = sparsecc.linear(x, [a], None, None, terms="f32[48, 16] % unstructured", epilogue="", layout="row", kernel="")
+{head("q", 0)}{head("k", 16)}{head("v", 32)}\
+    s: "f32[2, 4, 64, 4]" = aten.scaled_dot_product_attention.default(qt, kt, vt)
+    st: "f32[2, 64, 4, 4]" = aten.transpose.int(s, 1, 2)
+    sj: "f32[2, 64, 16]" = aten.reshape.default(st, [2, 64, 16])
+    o: "f32[2, 64, 16]" = sparsecc.linear(sj, [b], None, None, terms="f32[16, 16] % unstructured", epilogue="", layout="row", kernel="")
+    y: "f32[2, 64, 16]" = sparsecc.linear(o, [c], None, None, terms="f32[16, 16] % unstructured", epilogue="", layout="row", kernel="")
+    return (y,)
+"""
+
+
+@pytest.mark.parametrize(("pays", "asked"), [(True, "token"), (False, "row")])
+def test_a_linear_behind_torchs_attention_reads_rows(pays: bool, asked: str) -> None:
+    tuner, problems = FakeTuner(), []
+
+    class Between:
+        def attention_pays(self, problem: Attention) -> bool:
+            problems.append(problem)
+            return pays
+
+    tuner.between = Between()  # type: ignore[assignment]
+    packed(tuner, text=ATTENTION)
+    assert {p.name: p.layout for p in tuner.problems}["out"] == asked
+    assert set(problems) == {Attention(2, 4, 4, 64, 64, 4, "")}
