@@ -19,14 +19,13 @@ from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
 from sparsecc.ir.conditional_ops import THROUGH
 from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, RELEASED
-from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS
+from sparsecc.ir.image_ops import DEPTHWISE
 from sparsecc.ir.merge_ops import MERGE
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import NOTES, Program
 from sparsecc.ir.route_ops import SCATTER_KEPT
 from sparsecc.ir.skip_ops import NEURONS, REQUEST, SCATTER
 from sparsecc.ir.text import print_program
-from sparsecc.ir.token_ops import DIALECT
 from sparsecc.passes import PIPELINE
 from sparsecc.passes.context import Context
 from sparsecc.passes.convolution import CONVOLUTION
@@ -162,8 +161,8 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
         history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
     if dumper is not None:
         for node in history.program.graph.nodes:
-            key = node.args[-1] if node.args and (node.target in DIALECT or node.target in IMAGE_MEANINGS) else None
-            source = getattr(KERNELS.get(str(key)), "source", None)
+            key = node.args[-1] if node.args and isinstance(node.args[-1], str) else ""
+            source = getattr(KERNELS.get(key), "source", None)
             if source is not None:
                 dumper.kernel(str(key), source(tokens_of(node.all_input_nodes[0])))
         dumper.weights(history.program, "lowered.safetensors")

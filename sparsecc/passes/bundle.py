@@ -44,9 +44,13 @@ def _pack(program: Program, node: fx.Node, tuner: NeuronTuner) -> None:
     sources: Any = weights
     tensors = [program.const(w) for w in sources]
     gate = tensors[0] if len(tensors) > 1 else None
-    stored = tuner.bundle(tensors[1] if len(tensors) == 3 else None, tensors[-1])
     region = program.regions[node.name]
+    refused = tuner.refuses(gate, node.target is REQUEST)
+    if refused is not None:
+        region.reason = f"{region.reason}; {refused}"
+        return
     policy = "all" if node.target is REQUEST else str(policy)
+    stored = tuner.bundle(tensors[1] if len(tensors) == 3 else None, tensors[-1])
     chosen = tuner.choose(region.name, gate, stored, str(activation), policy, tokens_of(node.all_input_nodes[0]))
     const = program.add_const(f"{sources[-1].target}_bundle", stored, program.weight_name(sources[-1]))
     extra = () if gate is None else tuner.sketch(gate, str(activation), policy)
@@ -55,7 +59,8 @@ def _pack(program: Program, node: fx.Node, tuner: NeuronTuner) -> None:
     before = [] if gate is None else [sources[0]]
     node.args = (x, [*before, const, *sketch], biases, level, "bundle", activation, node.args[6], kernel)
     region.format, region.bytes = "bundle", sum(t.nbytes for t in (*tensors, *extra))
-    region.choice = f"active {'inputs' if gate is None else 'neurons'} up to {chosen.limit:.0%}, dense beyond"
+    up_to = f"up to {chosen.limit:.0%}, dense beyond" if chosen.limit > 0 else "never: dense"
+    region.choice = f"active {'inputs' if gate is None else 'neurons'} {up_to}"
     region.more |= chosen.figures | {"limit": chosen.limit, "seen": chosen.seen}
     region.reason = f"{region.reason}; {chosen.reason}"
 
@@ -67,8 +72,9 @@ def lower_neurons(program: Program, context: Any) -> None:
         if node.args[4] == "bundle" and tuner is not None and tuner.neurons is not None:
             more, request = program.regions[node.name].more, node.target is REQUEST
             policy = "all" if request else str(node.args[6])
-            weights: Any = node.args[1]
-            limit, seen, gate = more.get("limit", 1.0), more.get("seen"), len(weights) > 1
-            key, kernel = tuner.neurons.kernel(node.name, str(node.args[5]), policy, limit, seen, request, gate)
+            nodes: Any = node.args[1]
+            weights, biases = [program.const(w) for w in nodes], node.args[2]
+            limit, seen = more.get("limit", 1.0), more.get("seen")
+            key, kernel = tuner.neurons.kernel(node.name, str(node.args[5]), policy, limit, seen, request, weights, biases)
             KERNELS[key] = kernel
             node.args = (*node.args[:-1], key)

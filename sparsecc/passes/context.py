@@ -85,6 +85,10 @@ class NeuronChoice:
 class NeuronTuner(Protocol):
     """Kernels for feed-forward blocks that skip neurons."""
 
+    def refuses(self, gate: Tensor | None, request: bool) -> str | None:
+        """Why there is no kernel for such a block, or None. `request`: the prompt chose the neurons."""
+        ...
+
     def bundle(self, up: Tensor | None, down: Tensor) -> Tensor:
         """[F, rows, D]: a neuron's row of up [F, D], if there is one, and its column of down [D, F]."""
         ...
@@ -98,10 +102,11 @@ class NeuronTuner(Protocol):
         ...
 
     def kernel(
-        self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, gate: bool = True
+        self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, weights: Sequence[Tensor],
+        biases: Sequence[Any],
     ) -> tuple[str, Any]:
-        """The key that stands in the program, and the code behind it. `request`: of the neurons that a prompt chose; `gate`: see
-        `choose`."""
+        """The key that stands in the program, and the code behind it, for [gate, bundle, ...], or a bundle alone, and biases of which
+        those that are missing are None. `request`: of the neurons that a prompt chose."""
         ...
 
     def counts(self) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""Calling the GPU kernels that skip neurons; torch's dense code for more than one token."""
+"""Calling the GPU kernels that skip neurons; torch's dense code for more than one token, and where the kernels lose."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from sparsecc.codegen.triton.backend import TritonBackend
 from sparsecc.codegen.triton.config import GpuConfig
 from sparsecc.codegen.triton.neurons import KERNELS, GpuNeuronSpec, neuron_source, space
-from sparsecc.ir.policy import parse_policy
-from sparsecc.ir.skip_ops import active, masked_dense
-from sparsecc.runtime.neurons import levels_of
+from sparsecc.errors import TargetError
+from sparsecc.ir.policy import Policy, parse_policy
+from sparsecc.ir.skip_ops import active
+from sparsecc.runtime.neurons import dense_block, levels_of
 
 PROGRAMS = 264
 """That stride over the list in `up`: two for each multiprocessor of the largest device; the others end at once."""
@@ -32,6 +33,7 @@ class GpuNeurons:
     policy: str
     config: GpuConfig = field(default_factory=lambda: space()[0])
     _launches: dict[GpuNeuronSpec, dict[str, Any]] = field(default_factory=dict)
+    _levels: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
     def sources(self, spec: GpuNeuronSpec) -> dict[str, str]:
         """The texts of the kernels, by name."""
@@ -49,7 +51,7 @@ class GpuNeurons:
         rule = parse_policy(self.policy)
         gated = len(biases) == 3 and biases[1] is not None
         if x.numel() != D or gated or rule.name == "all" or x.dtype not in DTYPES:
-            return masked_dense(x, weights, biases, level, "bundle", self.activation, self.policy)
+            return dense_block(x, weights, biases, level, self.activation, rule)
         spec, config = self.spec(weights, biases), self.config
         if spec not in self._launches:
             self._launches[spec] = {name: self.backend.load(text) for name, text in self.sources(spec).items()}
@@ -59,8 +61,7 @@ class GpuNeurons:
         out = torch.zeros(D, device=x.device) if biases[-1] is None else biases[-1].float()
         a = fresh(neurons)
         if rule.name in ("nonzero", "threshold", "atleast"):
-            levels = levels_of(rule, level, neurons).to(x.device)
-            run["scores"]((-(-neurons // config.bn), 1), (x, gate, *bias, levels, a), (neurons, D))
+            run["scores"]((-(-neurons // config.bn), 1), (x, gate, *bias, self._levels_of(rule, level, gate), a), (neurons, D))
         else:  # these look at the whole row
             a = active(F.linear(x.view(1, D), gate, biases[0]).float(), self.activation, self.policy, level)[0].contiguous()
         found, count, h = fresh(neurons, torch.int32), fresh(1, torch.int32), fresh(neurons)
@@ -71,3 +72,39 @@ class GpuNeurons:
         done = torch.zeros(tiles, dtype=torch.int32, device=x.device)
         run["down"]((tiles, config.split), (bundle, h, found, count, out, y, partial, done), (D,))
         return y
+
+    def _levels_of(self, rule: Policy, level: Tensor | None, gate: Tensor) -> Tensor:
+        """What the kernel compares with; a threshold of the policy's own is copied to the device once."""
+        if level is not None:
+            return levels_of(rule, level, len(gate))
+        key = len(gate), gate.device
+        if key not in self._levels:
+            self._levels[key] = levels_of(rule, None, len(gate)).to(gate.device)
+        return self._levels[key]
+
+
+@dataclass
+class DenseNeurons:
+    """torch's linears on the bundle, called as the kernels are."""
+
+    activation: str
+    policy: str
+
+    def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
+        return dense_block(x, weights, biases, level, self.activation, parse_policy(self.policy))
+
+
+@dataclass
+class NeuronsElsewhere:
+    """The kernels for a device that isn't here: they can be read, and compiled, not run."""
+
+    kernels: GpuNeurons
+    spec: GpuNeuronSpec
+
+    def source(self, tokens: int) -> str:
+        """The texts of all of them."""
+        return "\n\n".join(self.kernels.sources(self.spec).values())
+
+    def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
+        target = self.kernels.backend.device.target
+        raise TargetError(f"this model was compiled for {target}, to be looked at; on that machine use target='cuda'")

@@ -29,6 +29,7 @@ from sparsecc.formats.level import NM
 from sparsecc.passes.context import Choice, Problem
 from sparsecc.runtime.calls import Call
 from sparsecc.runtime.gpu import Elsewhere, GpuLinear
+from sparsecc.runtime.gpu_neuron_tuner import GpuNeuronTuner
 from sparsecc.runtime.vendor import VendorConfig, VendorLinear, vendors
 
 Mode = Literal["device", "interpreter", "elsewhere"]
@@ -58,11 +59,11 @@ class GpuTuner:
     cache: TuneCache = field(default_factory=TuneCache)
     on_choice: Callable[[str], None] = lambda text: None
     between: None = field(default=None, init=False)
-    neurons: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
         self._kernels: dict[str, Any] = {}
+        self.neurons = GpuNeuronTuner(self.backend, self.mode, self.effort, self.cache)
         device = self.backend.device
         self.notes = {"device": device.name if self.mode != "interpreter" else f"{device.name}, kernels interpreted on the CPU"}
         if self.mode != "device":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class CpuNeurons:
     effort: Effort
     cache: TuneCache
 
+    def refuses(self, gate: Tensor | None, request: bool) -> str | None:
+        """Nothing."""
+        return None
+
     def bundle(self, up: Tensor | None, down: Tensor) -> Tensor:
         """See `runtime/neurons.bundle`."""
         return bundle(up, down)
@@ -47,10 +51,13 @@ class CpuNeurons:
         return sketch(gate) if known and gate.shape[1] >= SKETCHED and self.backend.isa.has("avx512vnni") else ()
 
     def kernel(
-        self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, gate: bool = True
+        self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, weights: Sequence[Tensor],
+        biases: Sequence[Any],
     ) -> tuple[str, Any]:
         """One for each block, since each counts its own neurons."""
-        made = RequestKernel(self.backend, activation) if request else NeuronKernel(self.backend, activation, policy, limit, gate)
+        made: Any = RequestKernel(self.backend, activation)
+        if not request:
+            made = NeuronKernel(self.backend, activation, policy, limit, len(weights) > 1)
         made.seen = seen if isinstance(seen, Seen) else made.seen
         return f"cpu:{self.backend.isa.name} {name} {activation} {policy} {id(made.seen):x}", made
 

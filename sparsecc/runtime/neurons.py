@@ -106,14 +106,8 @@ class NeuronKernel:
             self._bound.clear()
 
     def dense(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
-        """torch's linears on all neurons, those that the policy drops times zero."""
-        gate, up, down = unbundle(weights[:2], "bundle")
-        pre = x if gate is None else F.linear(x, gate, biases[0])
-        exact = self.policy.name in ("nonzero", "all")
-        a = ACTIVATIONS[self.activation].fn(pre) if exact else active(pre, self.activation, str(self.policy), level)
-        if up is not None:
-            a = a * F.linear(x, up, biases[1])
-        return F.linear(a, down, biases[-1])
+        """See `dense_block`."""
+        return dense_block(x, weights[:2], biases, level, self.activation, self.policy)
 
     def _bind(
         self, key: tuple[Any, ...], tokens: int, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
@@ -194,6 +188,19 @@ class _Bound:
         else:
             self.code(c_void_p(x), c_void_p(y), c_void_p(memory), c_void_p(found), c_void_p(eights), *self.args)
         return ctypes.c_int32.from_address(found + 4 * self.neurons).value
+
+
+def dense_block(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None, activation: str, policy: Policy
+) -> Tensor:
+    """torch's linears on all neurons of [gate, bundle], those that the policy drops times zero, in x's dtype."""
+    gate, up, down = unbundle(weights, "bundle")
+    pre = x if gate is None else F.linear(x, gate, biases[0])
+    exact = policy.name in ("nonzero", "all")
+    a = ACTIVATIONS[activation].fn(pre) if exact else active(pre, activation, str(policy), level)
+    if up is not None:
+        a = a * F.linear(x, up, biases[1])
+    return F.linear(a, down, biases[-1])
 
 
 def bundle(up: Tensor | None, down: Tensor) -> Tensor:

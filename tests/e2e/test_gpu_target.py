@@ -135,3 +135,36 @@ def test_no_memory_to_measure_in_stays_dense(monkeypatch: pytest.MonkeyPatch, tm
 
     choice, _ = contest_of(monkeypatch, tmp_path, lambda config: False, race)
     assert choice.format is None and "out of memory while tuning" in choice.reason and "2.00 GiB" in choice.reason
+
+
+def relu_block(width: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.ReLU(), nn.Linear(4 * width, width, bias=False)).eval().to(dtype)
+
+
+def test_skipping_neurons_is_predicted_and_compiled(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECC_DUMP", str(tmp_path))
+    x = torch.randn(1, 4096, dtype=torch.bfloat16)
+    how: dict[str, Any] = {"target": "cuda:sm_90", "sparsity": {"*": sparsecc.neurons()}, "dynamic_shapes": None}
+    compiled = sparsecc.compile(relu_block(4096), example_inputs=(x,), **how)
+    region = next(r for r in compiled.explain().to_dict()["regions"] if "break_even" in r)
+    assert 0 < region["break_even"] < 1 and region["none_us"] < region["dense_us"]
+    assert "predicted from the data sheet" in region["reason"] and "registers" in region["reason"]
+    texts = [file.read_text() for file in tmp_path.rglob("*.py")]
+    assert any(all(f"def {name}(" in text for name in ("scores", "compact", "up", "down")) for text in texts)
+    with pytest.raises(sparsecc.TargetError, match="compiled for 'cuda:sm_90'"):
+        compiled(x)
+
+
+def test_small_blocks_stay_dense_on_a_gpu() -> None:
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    how: dict[str, Any] = {"target": "cuda:sm_90", "sparsity": {"*": sparsecc.neurons()}, "dynamic_shapes": None}
+    compiled = sparsecc.compile(relu_block(64), example_inputs=(x,), **how)
+    assert "dense is faster at any number of zeros" in " ".join(str(compiled.explain()).split())
+    assert "relu nonzero dense" in compiled.ir("lower")
+
+
+def test_what_no_gpu_kernel_skips_is_said() -> None:
+    x = torch.randn(1, 64, dtype=torch.float64)
+    how: dict[str, Any] = {"target": "cuda:sm_90", "sparsity": {"*": sparsecc.neurons()}, "dynamic_shapes": None}
+    compiled = sparsecc.compile(relu_block(64, torch.float64), example_inputs=(x,), **how)
+    assert "no GPU kernel skips neurons in torch.float64: computed in full" in " ".join(str(compiled.explain()).split())

@@ -52,3 +52,52 @@ def test_equals_the_masked_dense_model(pattern: str, dtype: torch.dtype) -> None
 def test_weights_elsewhere_are_refused_by_name() -> None:
     with pytest.raises(sparsecc.TargetError, match=r"0\.weight is on meta"):
         sparsecc.compile(nn.Sequential(nn.Linear(8, 8)).eval().to("meta"), target="cuda")(torch.randn(2, 8, device="meta"))
+
+
+class Gated(nn.Module):
+    """down(act(gate x) * up x), or without the gate's factor."""
+
+    def __init__(self, act: str, gated: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.down_proj = nn.Linear(48, 128, bias=not gated), nn.Linear(128, 48, bias=not gated)
+        self.up_proj = nn.Linear(48, 128, bias=False) if gated else None
+        self.act = getattr(nn.functional, act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.act(self.gate_proj(x))
+        return x + self.down_proj(a if self.up_proj is None else a * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("act", "gated", "rule"),
+    [("relu", True, sparsecc.neurons()), ("relu", False, sparsecc.neurons()), ("silu", True, sparsecc.neurons(top=0.25)),
+     ("silu", True, sparsecc.neurons(threshold=0.05)), ("relu", True, sparsecc.neurons(stat=0.2))],
+)
+def test_neurons_are_skipped_as_the_masked_block_says(act: str, gated: bool, rule: sparsecc.Neurons) -> None:
+    model = Gated(act, gated).eval().requires_grad_(False)
+    x = torch.randn(1, 1, 48)
+    spec = {"*": rule}
+    compiled = sparsecc.compile(model, target="cuda", sparsity=spec, remainder="eager", example_inputs=x, dynamic_shapes=None)
+    kernels = [node.args[-1] for node in compiled.graphs[0].history.program.graph.nodes if "neurons" in str(node.target)]
+    assert len(kernels) == 1 and kernels[0].startswith("cuda:sm_90 neurons ")
+    wanted = sparsecc.compile(model, target="reference", sparsity=spec, remainder="eager", example_inputs=x, dynamic_shapes=None)
+    for scale in (1.0, 0.0):
+        torch.testing.assert_close(compiled(x * scale), wanted(x * scale), rtol=0, atol=2e-5)
+    several = torch.randn(2, 3, 48)
+    anew = sparsecc.compile(model, target="cuda", sparsity=spec, remainder="eager", example_inputs=several)
+    torch.testing.assert_close(anew(several), sparsecc.compile(model, target="reference", sparsity=spec, remainder="eager")(several))
+    assert "pays from" in str(compiled.explain()) or "dense is faster" in str(compiled.explain())
+
+
+@pytest.mark.parametrize(
+    "rule", [sparsecc.ftp([0.3, 0.5]), sparsecc.ftp(0.3, keys="all"), sparsecc.mixture_of_depths(torch.randn(1, 32), "threshold(0.5)")]
+)
+def test_tokens_are_skipped_by_torchs_gathers(rule: sparsecc.Tokens) -> None:
+    from examples.models import llama_stack
+
+    model = llama_stack(32, 96, 2, heads=4, kv_heads=2, vocab=64)
+    inputs = {"input_ids": torch.randint(0, 64, (1, 37)), "use_cache": False}
+    targets = ("cuda", "reference")
+    made = {target: sparsecc.compile(model, target, {"layers.*": rule}, dict(inputs), remainder="eager") for target in targets}
+    assert "gather" in made["cuda"].ir("lower")
+    torch.testing.assert_close(made["cuda"](**inputs).logits, made["reference"](**inputs).logits, rtol=0, atol=1e-5)

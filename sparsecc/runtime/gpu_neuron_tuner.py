@@ -1,0 +1,110 @@
+"""Whether a feed-forward block's neurons are skipped on a GPU: measured where one is at hand, else predicted from its data sheet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecc.autotune.cache import TuneCache
+from sparsecc.autotune.gpu_measure import interleaved_on_gpu
+from sparsecc.autotune.roofline import BANDWIDTH_SHARE, LAUNCH, dense_estimate
+from sparsecc.autotune.search import Effort
+from sparsecc.codegen.triton.backend import TritonBackend, source_hash
+from sparsecc.codegen.triton.compiler import binary
+from sparsecc.codegen.triton.facts import dtype_of
+from sparsecc.codegen.triton.neurons import KERNELS
+from sparsecc.passes.context import NeuronChoice
+from sparsecc.runtime.gpu_neurons import DTYPES, DenseNeurons, GpuNeurons, NeuronsElsewhere
+from sparsecc.runtime.neurons import bundle
+
+SECONDS = 0.3
+
+
+@dataclass
+class GpuNeuronTuner:
+    """Kernels of `runtime/gpu_neurons.py`. How many neurons are active stays on the device: nothing is read back to choose by, so what the
+    kernels take with all of them active, which is about what dense code takes, is the price where the zeros are missing."""
+
+    backend: TritonBackend
+    mode: str
+    effort: Effort
+    cache: TuneCache
+
+    def refuses(self, gate: Tensor | None, request: bool) -> str | None:
+        """What there is no kernel for."""
+        if gate is None or request:
+            return f"no GPU kernel {'for a set of neurons per request' if request else 'skips inputs of a linear'}: computed in full"
+        return None if gate.dtype in DTYPES else f"no GPU kernel skips neurons in {gate.dtype}: computed in full"
+
+    def bundle(self, up: Tensor | None, down: Tensor) -> Tensor:
+        """See `runtime/neurons.bundle`."""
+        return bundle(up, down)
+
+    def sketch(self, gate: Tensor, activation: str, policy: str) -> tuple[Tensor, ...]:
+        """None: kernels read the gate."""
+        return ()
+
+    def kernel(
+        self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, weights: Sequence[Tensor],
+        biases: Sequence[Any],
+    ) -> tuple[str, Any]:
+        """One for all blocks that compute the same. `limit` 0: torch's dense code."""
+        key = f"{self.backend.device.target} neurons {activation} {policy}"
+        if limit <= 0:
+            return f"{key} dense", DenseNeurons(activation, policy)
+        made = GpuNeurons(self.backend, activation, policy)
+        spec = made.spec(weights, biases)
+        return f"{key} {spec}", NeuronsElsewhere(made, spec) if self.mode == "elsewhere" else made
+
+    def counts(self) -> tuple[str, None]:
+        """Of core neurons: torch's operations serve."""
+        return "", None
+
+    def choose(self, name: str, gate: Tensor | None, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
+        """For one token. The kernels' time grows with the active neurons in a straight line."""
+        if tokens > 1:
+            return NeuronChoice(1.0, "one token at a time skips neurons, more are computed in full")
+        assert gate is not None
+        measures = self.mode == "device" and self.effort != "none"
+        none, every, dense = self._measured(gate, bundle, activation) if measures else self._predicted(gate, bundle)
+        even = 1 - min(1.0, max(0.0, (dense - none) / max(1e-9, every - none)))
+        how = "measured" if measures else "predicted from the data sheet"
+        reason = f"{none:.0f} us with no active neuron, {every:.0f} with all; dense {dense:.0f}, {how}"
+        compiled = ""
+        if self.mode == "elsewhere":
+            made = GpuNeurons(self.backend, activation, policy)
+            sources = made.sources(made.spec([gate, bundle], [None])).items()
+            compiled = "".join(f"; {part}: {binary(source, self.backend.device)}" for part, source in sources)
+        figures = {"dense_us": dense, "none_us": none, "all_us": every, "break_even": even}
+        if even >= 1:
+            return NeuronChoice(0.0, f"{reason}: dense is faster at any number of zeros{compiled}", figures)
+        return NeuronChoice(1.0, f"{reason}; pays from {even:.0%} zeros on{compiled}", figures)
+
+    def _predicted(self, gate: Tensor, stored: Tensor) -> tuple[float, float, float]:
+        (F, D), rows, device = gate.shape, stored.shape[1], self.backend.device
+        read = lambda nbytes: 1e6 * nbytes / (BANDWIDTH_SHARE * device.bandwidth)  # noqa: E731
+        launches = 1e6 * LAUNCH * len(KERNELS)
+        none = launches + read(gate.nbytes)
+        products = [(F, D)] * rows + [(D, F)]
+        dense = 1e6 * sum(dense_estimate(n, k, 1, dtype_of(gate.dtype), device).seconds for n, k in products)
+        return none, none + read(stored.nbytes), dense
+
+    def _measured(self, gate: Tensor, stored: Tensor, activation: str) -> tuple[float, float, float]:
+        machine = f"{self.backend.device.name} torch {torch.__version__} {source_hash()}"
+        digest = hashlib.sha256(machine.encode()).hexdigest()[:16]
+        key = f"{self.backend.device.target} neurons {tuple(stored.shape)} {stored.dtype} {activation} {digest}"
+        found = self.cache.get(key)
+        if found is None:
+            x = torch.randn(1, gate.shape[1], device=gate.device).to(gate.dtype)
+            biases: list[Tensor | None] = [None] * (1 + stored.shape[1])
+            runs: dict[str, Any] = {"dense": DenseNeurons(activation, "all")}
+            runs |= {"none": GpuNeurons(self.backend, activation, "threshold(inf)"), "all": GpuNeurons(self.backend, "silu", "nonzero")}
+            calls: dict[str, Callable[[], Any]] = {n: lambda run=run: run(x, [gate, stored], biases, None) for n, run in runs.items()}
+            found = {"us": {n: 1e6 * t.median for n, t in interleaved_on_gpu(calls, SECONDS).items()}}
+            self.cache.put(key, found)
+        return found["us"]["none"], found["us"]["all"], found["us"]["dense"]
