@@ -96,9 +96,11 @@ def share_tied(program: Program) -> None:
 
 
 def _own(gm: fx.GraphModule) -> fx.GraphModule:
-    """A plain GraphModule that shares only the tensors: passes may then add and drop attributes freely."""
+    """A plain GraphModule that shares only the tensors: passes may then add and drop attributes freely. Parameters are detached, since
+    `model.double()` puts other data into the very object."""
     attrs = {str(n.target): get_attr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
-    return make_module(attrs, gm.graph)
+    detached = {name: value.detach() if isinstance(value, nn.Parameter) else value for name, value in attrs.items()}
+    return make_module(detached, gm.graph)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:

@@ -102,6 +102,17 @@ def test_state_is_the_models() -> None:
         module(torch.randn(3, 3, 256))
 
 
+@pytest.mark.parametrize("remainder", ["eager", "inductor"])
+def test_the_models_dtype_may_change_afterwards(remainder: str) -> None:
+    """What was captured keeps its weights, the dense ones too."""
+    model, x = nn.Sequential(mlp(), nn.Linear(256, 24)).eval(), torch.randn(3, 256)
+    with torch.no_grad():
+        wanted, module = model(x), compiled(model, example_inputs=x, remainder=remainder)
+        same(module(x), wanted)
+        model.double()
+        same(module(x), wanted)
+
+
 def test_modes_attributes_and_copies() -> None:
     model = mlp()
     model.note = "kept"  # type: ignore[assignment]
