@@ -102,5 +102,5 @@ def test_real_nets(make: object) -> None:
     ours = [node for node in program.graph.nodes if node.target in IMAGE_MEANINGS or node.target is LINEAR]
     between = {i for node in ours[1:] for i in node.all_input_nodes if i.op == "call_function"}
     assert between <= set(ours)  # no transpose, copy or torch convolution inside
-    for x in (images(2), images(1).contiguous(memory_format=torch.channels_last)):
+    for x in (images(2), images(3).contiguous(memory_format=torch.channels_last)):
         agrees(compiled, net, x)
