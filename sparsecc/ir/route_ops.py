@@ -111,20 +111,19 @@ def _features(importance: Tensor, real: Tensor, required: float, place: Tensor, 
 
 def _unpadded(importance: Tensor, required: float) -> Tensor:
     """`features` of real tokens alone, in few operations: each costs as much as the arithmetic of all."""
-    made = _places(*importance.shape, required, importance.device).clone()
-    made[..., 1] = importance
+    made = _places(*importance.shape, importance.device).clone()
+    made[..., 1], made[..., 3] = importance, required
     order = importance.sort(dim=-1, descending=True, stable=True).indices
     made[..., 2].scatter_(-1, order, made[..., 0])
     return made
 
 
-@lru_cache(maxsize=64)
-def _places(B: int, S: int, required: float, device: torch.device) -> Tensor:
-    """f32[B, S, 4] of the features that do not depend on the importance."""
+@lru_cache(maxsize=4)
+def _places(B: int, S: int, device: torch.device) -> Tensor:
+    """f32[B, S, 4]: the places alone."""
     made = torch.zeros(B, S, 4, device=device)
     made[..., 0] = torch.arange(S, device=device)
     made[..., 0] /= max(1, S)
-    made[..., 3] = required
     return made
 
 
