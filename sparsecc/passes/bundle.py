@@ -52,6 +52,11 @@ def _pack(program: Program, node: fx.Node, tuner: NeuronTuner) -> None:
     policy = "all" if node.target is REQUEST else str(policy)
     stored = tuner.bundle(tensors[1] if len(tensors) == 3 else None, tensors[-1])
     chosen = tuner.choose(region.name, gate, stored, str(activation), policy, tokens_of(node.all_input_nodes[0]))
+    region.reason = f"{region.reason}; {chosen.reason}"
+    region.more |= chosen.figures | {"limit": chosen.limit, "seen": chosen.seen}
+    if chosen.limit <= 0 and node.target is NEURONS:
+        region.choice = "dense"
+        return
     const = program.add_const(f"{sources[-1].target}_bundle", stored, program.weight_name(sources[-1]))
     extra = () if gate is None else tuner.sketch(gate, str(activation), policy)
     hint, name = f"{sources[0].target}_sketch", program.weight_name(sources[0])
@@ -59,18 +64,15 @@ def _pack(program: Program, node: fx.Node, tuner: NeuronTuner) -> None:
     before = [] if gate is None else [sources[0]]
     node.args = (x, [*before, const, *sketch], biases, level, "bundle", activation, node.args[6], kernel)
     region.format, region.bytes = "bundle", sum(t.nbytes for t in (*tensors, *extra))
-    up_to = f"up to {chosen.limit:.0%}, dense beyond" if chosen.limit > 0 else "never: dense"
-    region.choice = f"active {'inputs' if gate is None else 'neurons'} {up_to}"
-    region.more |= chosen.figures | {"limit": chosen.limit, "seen": chosen.seen}
-    region.reason = f"{region.reason}; {chosen.reason}"
+    region.choice = f"active {'inputs' if gate is None else 'neurons'} up to {chosen.limit:.0%}, dense beyond"
 
 
 def lower_neurons(program: Program, context: Any) -> None:
     """Kernels by name, for `lower`."""
     tuner: Any = context.tuner if isinstance(context, Context) else None
     for node in neuron_nodes(program):
-        if node.args[4] == "bundle" and tuner is not None and tuner.neurons is not None:
-            more, request = program.regions[node.name].more, node.target is REQUEST
+        more, request = program.regions[node.name].more, node.target is REQUEST
+        if tuner is not None and tuner.neurons is not None and "limit" in more:
             policy = "all" if request else str(node.args[6])
             nodes: Any = node.args[1]
             weights, biases = [program.const(w) for w in nodes], node.args[2]

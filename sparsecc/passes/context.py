@@ -106,7 +106,8 @@ class NeuronTuner(Protocol):
         biases: Sequence[Any],
     ) -> tuple[str, Any]:
         """The key that stands in the program, and the code behind it, for [gate, bundle, ...], or a bundle alone, and biases of which
-        those that are missing are None. `request`: of the neurons that a prompt chose."""
+        those that are missing are None. `request`: of the neurons that a prompt chose. With `limit` 0 the weights are rows, and the code
+        is dense."""
         ...
 
     def counts(self) -> tuple[str, Any]:

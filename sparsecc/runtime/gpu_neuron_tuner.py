@@ -18,11 +18,15 @@ from sparsecc.codegen.triton.backend import TritonBackend, source_hash
 from sparsecc.codegen.triton.compiler import binary
 from sparsecc.codegen.triton.facts import dtype_of
 from sparsecc.codegen.triton.neurons import KERNELS
+from sparsecc.ir.policy import parse_policy
 from sparsecc.passes.context import NeuronChoice
-from sparsecc.runtime.gpu_neurons import DTYPES, DenseNeurons, GpuNeurons, NeuronsElsewhere
-from sparsecc.runtime.neurons import bundle
+from sparsecc.runtime.gpu_neurons import DTYPES, GpuNeurons, NeuronsElsewhere
+from sparsecc.runtime.neuron_tuner import dense
+from sparsecc.runtime.neurons import DenseNeurons, bundle
 
 SECONDS = 0.3
+ALL_ACTIVE = 1.1
+"""Times dense code's that kernels may take with all neurons active, where the policy doesn't say how many are."""
 
 
 @dataclass
@@ -54,9 +58,9 @@ class GpuNeuronTuner:
         biases: Sequence[Any],
     ) -> tuple[str, Any]:
         """One for all blocks that compute the same. `limit` 0: torch's dense code."""
-        key = f"{self.backend.device.target} neurons {activation} {policy}"
         if limit <= 0:
-            return f"{key} dense", DenseNeurons(activation, policy)
+            return f"dense neurons {activation} {policy}", DenseNeurons(activation, policy)
+        key = f"{self.backend.device.target} neurons {activation} {policy}"
         made = GpuNeurons(self.backend, activation, policy)
         spec = made.spec(weights, biases)
         return f"{key} {spec}", NeuronsElsewhere(made, spec) if self.mode == "elsewhere" else made
@@ -71,18 +75,25 @@ class GpuNeuronTuner:
             return NeuronChoice(1.0, "one token at a time skips neurons, more are computed in full")
         assert gate is not None
         measures = self.mode == "device" and self.effort != "none"
-        none, every, dense = self._measured(gate, bundle, activation) if measures else self._predicted(gate, bundle)
-        even = 1 - min(1.0, max(0.0, (dense - none) / max(1e-9, every - none)))
+        none, every, full = self._measured(gate, bundle, activation) if measures else self._predicted(gate, bundle)
+        even = 1 - min(1.0, max(0.0, (full - none) / max(1e-9, every - none)))
+        kept = parse_policy(policy).size(len(gate))
+        price = none + (every - none) * (1.0 if kept is None else kept / len(gate))
         how = "measured" if measures else "predicted from the data sheet"
-        reason = f"{none:.0f} us with no active neuron, {every:.0f} with all; dense {dense:.0f}, {how}"
+        reason = f"{none:.0f} us with no active neuron, {every:.0f} with all; dense {full:.0f}, {how}"
         compiled = ""
         if self.mode == "elsewhere":
             made = GpuNeurons(self.backend, activation, policy)
             sources = made.sources(made.spec([gate, bundle], [None])).items()
             compiled = "".join(f"; {part}: {binary(source, self.backend.device)}" for part, source in sources)
-        figures = {"dense_us": dense, "none_us": none, "all_us": every, "break_even": even}
+        figures = {"dense_us": full, "none_us": none, "all_us": every, "break_even": even}
+        if self.mode == "interpreter":  # nobody waits for it to be fast: its numbers are what is looked at
+            return NeuronChoice(1.0, f"{reason}; taken in any case, to check its numbers", figures)
         if even >= 1:
             return NeuronChoice(0.0, f"{reason}: dense is faster at any number of zeros{compiled}", figures)
+        if price > (full if kept is not None else ALL_ACTIVE * full):
+            what = "with that many" if kept is not None else "with few zeros, which nothing here looks at while it runs,"
+            return NeuronChoice(0.0, f"{reason}; {what} it loses too much: dense stays{compiled}", figures)
         return NeuronChoice(1.0, f"{reason}; pays from {even:.0%} zeros on{compiled}", figures)
 
     def _predicted(self, gate: Tensor, stored: Tensor) -> tuple[float, float, float]:
@@ -91,8 +102,8 @@ class GpuNeuronTuner:
         launches = 1e6 * LAUNCH * len(KERNELS)
         none = launches + read(gate.nbytes)
         products = [(F, D)] * rows + [(D, F)]
-        dense = 1e6 * sum(dense_estimate(n, k, 1, dtype_of(gate.dtype), device).seconds for n, k in products)
-        return none, none + read(stored.nbytes), dense
+        full = 1e6 * sum(dense_estimate(n, k, 1, dtype_of(gate.dtype), device).seconds for n, k in products)
+        return none, none + read(stored.nbytes), full
 
     def _measured(self, gate: Tensor, stored: Tensor, activation: str) -> tuple[float, float, float]:
         machine = f"{self.backend.device.name} torch {torch.__version__} {source_hash()}"
@@ -102,9 +113,11 @@ class GpuNeuronTuner:
         if found is None:
             x = torch.randn(1, gate.shape[1], device=gate.device).to(gate.dtype)
             biases: list[Tensor | None] = [None] * (1 + stored.shape[1])
-            runs: dict[str, Any] = {"dense": DenseNeurons(activation, "all")}
-            runs |= {"none": GpuNeurons(self.backend, activation, "threshold(inf)"), "all": GpuNeurons(self.backend, "silu", "nonzero")}
-            calls: dict[str, Callable[[], Any]] = {n: lambda run=run: run(x, [gate, stored], biases, None) for n, run in runs.items()}
+            plain = dense(x, activation)
+            calls: dict[str, Callable[[], Any]] = {"dense": lambda: plain([gate, stored])}
+            for one, kernel in (("none", GpuNeurons(self.backend, activation, "threshold(inf)")),
+                                ("all", GpuNeurons(self.backend, "silu", "nonzero"))):
+                calls[one] = lambda kernel=kernel: kernel(x, [gate, stored], biases, None)
             found = {"us": {n: 1e6 * t.median for n, t in interleaved_on_gpu(calls, SECONDS).items()}}
             self.cache.put(key, found)
         return found["us"]["none"], found["us"]["all"], found["us"]["dense"]

@@ -1,4 +1,4 @@
-"""Calling the GPU kernels that skip neurons; torch's dense code for more than one token, and where the kernels lose."""
+"""Calling the GPU kernels that skip neurons; torch's dense code for more than one token."""
 
 from __future__ import annotations
 
@@ -81,17 +81,6 @@ class GpuNeurons:
         if key not in self._levels:
             self._levels[key] = levels_of(rule, None, len(gate)).to(gate.device)
         return self._levels[key]
-
-
-@dataclass
-class DenseNeurons:
-    """torch's linears on the bundle, called as the kernels are."""
-
-    activation: str
-    policy: str
-
-    def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
-        return dense_block(x, weights, biases, level, self.activation, parse_policy(self.policy))
 
 
 @dataclass

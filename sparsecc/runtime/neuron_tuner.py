@@ -19,7 +19,7 @@ from sparsecc.codegen.tvm.backend import TvmBackend, source_hash
 from sparsecc.ir.ops import ACTIVATIONS
 from sparsecc.passes.context import NeuronChoice
 from sparsecc.runtime.cores import CoreCounts
-from sparsecc.runtime.neurons import NeuronKernel, RequestKernel, Seen, bundle, sketch
+from sparsecc.runtime.neurons import DenseNeurons, NeuronKernel, RequestKernel, Seen, bundle, sketch
 from sparsecc.runtime.remainder import undisturbed
 
 SECONDS = 0.3
@@ -55,6 +55,8 @@ class CpuNeurons:
         biases: Sequence[Any],
     ) -> tuple[str, Any]:
         """One for each block, since each counts its own neurons."""
+        if limit <= 0 and not request:
+            return f"dense neurons {activation} {policy}", DenseNeurons(activation, policy)
         made: Any = RequestKernel(self.backend, activation)
         if not request:
             made = NeuronKernel(self.backend, activation, policy, limit, len(weights) > 1)

@@ -191,16 +191,28 @@ class _Bound:
 
 
 def dense_block(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None, activation: str, policy: Policy
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None, activation: str, policy: Policy,
+    storage: str = "bundle",
 ) -> Tensor:
-    """torch's linears on all neurons of [gate, bundle], those that the policy drops times zero, in x's dtype."""
-    gate, up, down = unbundle(weights, "bundle")
+    """torch's linears on all neurons, those that the policy drops times zero, in x's dtype."""
+    gate, up, down = unbundle(weights, storage)
     pre = x if gate is None else F.linear(x, gate, biases[0])
     exact = policy.name in ("nonzero", "all")
     a = ACTIVATIONS[activation].fn(pre) if exact else active(pre, activation, str(policy), level)
     if up is not None:
         a = a * F.linear(x, up, biases[1])
     return F.linear(a, down, biases[-1])
+
+
+@dataclass
+class DenseNeurons:
+    """torch's linears on weights as the model has them, called as the kernels are."""
+
+    activation: str
+    policy: str
+
+    def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
+        return dense_block(x, weights, biases, level, self.activation, parse_policy(self.policy), "rows")
 
 
 def bundle(up: Tensor | None, down: Tensor) -> Tensor:

@@ -160,7 +160,18 @@ def test_small_blocks_stay_dense_on_a_gpu() -> None:
     how: dict[str, Any] = {"target": "cuda:sm_90", "sparsity": {"*": sparsecc.neurons()}, "dynamic_shapes": None}
     compiled = sparsecc.compile(relu_block(64), example_inputs=(x,), **how)
     assert "dense is faster at any number of zeros" in " ".join(str(compiled.explain()).split())
-    assert "relu nonzero dense" in compiled.ir("lower")
+    assert '"dense neurons relu nonzero"' in compiled.ir("lower")
+    assert compiled.explain().to_dict()["totals"]["dense"] == 1
+
+
+def test_a_gpu_takes_what_pays_whatever_is_active() -> None:
+    """Nothing switches to dense code at run time: the number of zeros is known, or all neurons active cost little more than dense code."""
+    x = torch.randn(1, 2048, dtype=torch.bfloat16)
+    sparse = []
+    for rule in (sparsecc.neurons(), sparsecc.neurons(top=0.1), sparsecc.neurons(top=0.9)):
+        how: dict[str, Any] = {"target": "cuda:sm_90", "sparsity": {"*": rule}, "dynamic_shapes": None}
+        sparse.append(sparsecc.compile(relu_block(2048), example_inputs=(x,), **how).explain().to_dict()["totals"]["sparse"])
+    assert sparse == [0, 1, 0]
 
 
 def test_what_no_gpu_kernel_skips_is_said() -> None:
