@@ -15,8 +15,10 @@ from sparsecc.errors import SpecError
 from sparsecc.ir.text import parse_program, print_program
 from sparsecc.passes.blocks import find_blocks
 from sparsecc.passes.canonicalize import Canonicalize
+from sparsecc.passes.context import NeuronChoice
 from sparsecc.passes.ffn import find_ffns
 from sparsecc.passes.manager import run_passes
+from sparsecc.runtime.neuron_tuner import CpuNeurons
 
 EAGER: dict[str, Any] = {"autotune": "none", "remainder": "eager"}
 
@@ -190,3 +192,13 @@ def test_one_token_stays_dense() -> None:
     compiled = sparsecc.compile(model, "reference", {"layers.*": sparsecc.ftp(0.5)}, dict(inputs), **EAGER)
     assert torch.allclose(compiled(**inputs).logits, model(**inputs).logits, atol=1e-6)
     assert "sequences of one token are run in full" in str(compiled.explain())
+
+
+def test_where_dense_is_faster_a_block_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuNeurons, "choose", lambda *args: NeuronChoice(0.0, "dense is faster"))
+    model = llama()
+    compiled = sparsecc.compile(model, "cpu", {"*.mlp": sparsecc.neurons(top=0.5)}, dict(CAUSAL), **EAGER)
+    wanted = sparsecc.compile(model, "reference", {"*.mlp": sparsecc.neurons(top=0.5)}, dict(CAUSAL), **EAGER)
+    torch.testing.assert_close(compiled(**CAUSAL).logits, wanted(**CAUSAL).logits, rtol=0, atol=1e-5)
+    assert "bundle" not in compiled.ir("lower") and "dense neurons silu ratio(0.5)" in compiled.ir("lower")
+    assert not any(region["sparse"] for region in compiled.explain().to_dict()["regions"])
