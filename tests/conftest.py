@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from sparsecc.autotune import Machine
+
 # Kernels compile inside properties: one slow example is no failure, and a few dozen examples say enough. HYPOTHESIS_PROFILE=deep digs.
 settings.register_profile("default", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("deep", parent=settings.get_profile("default"), max_examples=500)
@@ -33,6 +35,14 @@ def sparsecc_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSECC_CACHE", str(path))
         yield path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fixed_machine() -> Iterator[None]:
+    """What autotune="none" predicts with: a choice of format must not depend on what else ran while the peaks were measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Machine, "measured", lambda threads: Machine(1.5e11, 1e10, threads, 5e10 * threads))
+        yield
 
 
 @pytest.fixture(autouse=True)

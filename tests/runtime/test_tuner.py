@@ -171,6 +171,7 @@ def test_a_wrong_kernel_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return re.sub(r"bias\[\w+ \+ 0\]", "T.float32(0)", text) if config == first else text
 
     monkeypatch.setattr(TvmBackend, "source", source)
+    stopwatch(monkeypatch, 0.5)
     tuner, w = make(tmp_path), sparse(512, 512, 0.005)
     with pytest.warns(RuntimeWarning, match="is wrong and was dropped"):
         choice = tuner.choose(problem(w))
