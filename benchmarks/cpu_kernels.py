@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.limits import FmaLimit, Limit, ReadLimit, clock_of
+from benchmarks.limits import FmaLimit, Limit, ReadLimit, clock_of, footprint
 from sparsecc.codegen.config import to_text
 from sparsecc.codegen.kernel import KernelSpec
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend
@@ -44,7 +44,8 @@ SAMPLE = 400e-6
 LONGEST = 0.1
 """Seconds of a sample of the limit at most: half as long as a long kernel, or a scheduler's slice hits the one and spares the other."""
 FOOTPRINT = 320 << 20
-"""Bytes of copies that calls with one token or a few take in turn, as a model's layers do; fewer where that needs more than COPIES."""
+"""At least so many bytes of copies that calls with one token or a few take in turn, as a model's layers do; fewer where that needs more
+than COPIES."""
 COPIES = 256
 STREAMS = (1, 4, 8)
 """Places that a thread of the read limit may follow at once."""
@@ -166,7 +167,7 @@ def measure(job: Job, backend: TvmBackend, fmt: Format, weight: Tensor, arrays: 
     limit: Limit = fma
     cold = tokens < GROUP
     if cold:
-        sets += [[a.clone() for a in arrays] for _ in range(min(COPIES, -(-FOOTPRINT // nbytes)) - 1)]
+        sets += [[a.clone() for a in arrays] for _ in range(min(COPIES, -(-footprint(FOOTPRINT) // nbytes)) - 1)]
         limit = max((ReadLimit(job.threads, nbytes, len(sets), streams) for streams in STREAMS), key=lambda read: read.rate(0.05))
     work = nbytes if cold else 2 * int(weight.count_nonzero()) * tokens
     clock = clock_of(job.threads)

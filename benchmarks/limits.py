@@ -24,6 +24,11 @@ def clock_of(threads: int) -> Callable[[], float]:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
+def footprint(least: int) -> int:
+    """Bytes that do not fit in the last cache, at least `least`."""
+    return max(least, _host().cache_bytes["L3"] * 3 // 2)
+
+
 class Limit(Protocol):
     """A rate (per second) that no kernel can beat, measured anew at each call for about `seconds`."""
 

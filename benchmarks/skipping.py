@@ -28,7 +28,7 @@ from torch import Tensor
 import sparsecc
 from benchmarks import cached, routing
 from benchmarks.cpu import COMMA, ROOT, stamp
-from benchmarks.limits import ReadLimit
+from benchmarks.limits import ReadLimit, footprint
 from examples import models
 from sparsecc.autotune.measure import Timing, interleaved
 from sparsecc.codegen.tvm.backend import TvmBackend
@@ -37,7 +37,7 @@ from sparsecc.runtime.neurons import NeuronKernel, bundle, sketch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ZEROS = (0.25, 0.9)
 FOOTPRINT = 160 << 20
-"""Bytes of copies, so that a token never finds its weights in a cache."""
+"""At least so many bytes of copies, so that a token never finds its weights in a cache."""
 SECONDS = 2.5
 PREFILL = 1024
 SHOWN = ("size", "dtype", "gated", "threads", "zeros", "speed_up", "speed_up_best", "of_limit", "with")
@@ -57,7 +57,7 @@ class Block:
         self.active = int((F.linear(self.x, gate) > 0).sum())
         self.kept_bytes = gate.nbytes + self.active * D * dtype.itemsize * (2 if gated else 1)
         self.biases: list[Tensor | None] = [None] * (3 if gated else 2)
-        count = max(1, FOOTPRINT // self.dense_bytes)
+        count = max(1, footprint(FOOTPRINT) // self.dense_bytes)
         self.plain = [_copied(gate, up, down) for _ in range(count)]
         self.stored = [[g, bundle(u, d)] for g, u, d in self.plain]
         quick = [list(sketch(gate)) for _ in range(1)]
