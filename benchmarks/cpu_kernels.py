@@ -205,6 +205,8 @@ def calls_of(kernel: LinearKernel, x: Tensor, sets: list[list[Tensor]], weight: 
 
 
 def _in_turn(fns: list[Callable[[], Any]]) -> Callable[[], Any]:
+    for fn in fns:
+        fn()  # the first call of a weight binds its arguments, which takes a hundred times as long as a call
     if len(fns) == 1:
         return fns[0]
     turn = itertools.cycle(fns)

@@ -13,7 +13,10 @@ from torch import Tensor
 import sparsecc
 from examples import models
 from sparsecc.autotune.measure import interleaved
-from sparsecc.ir.route_ops import keep, received, route, scatter_kept
+from sparsecc.codegen.tvm.backend import TvmBackend
+from sparsecc.ir.ops import KERNELS
+from sparsecc.ir.route_ops import KEEP, RECEIVED, ROUTE, SCATTER_KEPT
+from sparsecc.runtime.routing import KeepKernel, ReceivedKernel, RouteKernel
 
 LAYERS, TOKENS = 4, 1024
 IMAGES = (2, 8)
@@ -80,11 +83,12 @@ def _llamas(skipped: float) -> dict[str, Callable[[], Any]]:
 def _selection(skipped: float) -> Callable[[], Any]:
     """What one block's learned router computes."""
     q, k = (torch.randn(1, TOKENS, heads, 64).transpose(1, 2) for heads in (9, 3))
-    weights, before = list(router(skipped).values()), torch.rand(1, TOKENS)
+    weights, before, policy, backend = list(router(skipped).values()), torch.rand(1, TOKENS), "threshold(0.5)", TvmBackend.of()
+    KERNELS.update(received=ReceivedKernel(backend), route=RouteKernel(backend), keep=KeepKernel(backend, policy))
 
     def run() -> Any:
-        idx, _ = keep(route(before, None, skipped, weights), "threshold(0.5)", "")
-        return scatter_kept(before, idx, received(q, k, None, None, None)[:, : idx.shape[1]])
+        idx, _ = KEEP(ROUTE(before, None, skipped, weights, "route"), policy, "", "keep")
+        return SCATTER_KEPT(before, idx, RECEIVED(q, k, None, None, None, "received")[:, : idx.shape[1]])
 
     return run
 

@@ -4,7 +4,7 @@
     route(importance, mask, ...)          FTP's learned router on four numbers per token             f32[B, S] -> f32[B, S]
     token_gate(h, weight, like)           the router of mixture-of-depths                            [B, S, D] -> f32[B, S]
     eligible(p, mask, first, end)         scores of tokens of which only some compete                f32[B, S] -> f32[B, S]
-    keep(scores, policy, seen)            kept tokens, as many as the scores say                     f32[B, S] -> i32[B, K], i32[B]
+    keep(scores, policy, seen, ...)       kept tokens, as many as the scores say                     f32[B, S] -> i32[B, K], i32[B]
     gather_kept(x, idx, dims)             their rows
     hide_keys(mask, idx)                  the mask of an attention among them
     scatter_kept(x, idx, y)               x with their rows replaced
@@ -12,11 +12,10 @@
 Scores of tokens are probabilities or anything else that is finite; +inf stands for a token that is kept whatever the policy says, -inf for
 padding, which no policy keeps. Rows of a batch may keep different numbers of tokens: `idx` has the largest of them, rounded up to whole
 vectors of tokens, and -1 behind the last token of each row. The first token is computed once more there, for nothing: nobody sees it as a
-key, and the result is dropped.
+key, and the result is dropped. `kernel` is a key of `KERNELS`, as in `sparsecc::linear`; without one the dense meaning runs.
 """
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.errors import SelectionError
-from sparsecc.ir.ops import LIBRARY, TOKEN_TILE
+from sparsecc.ir.ops import KERNELS, LIBRARY, TOKEN_TILE
 from sparsecc.ir.policy import Policy, parse_policy
 from sparsecc.ir.skip_ops import gather_tokens, gather_tokens_fake
 from sparsecc.ir.token_ops import TAGS
@@ -56,12 +55,15 @@ def real_tokens(mask: Tensor | None, B: int, S: int, device: torch.device) -> Te
     return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand(B, S)
 
 
-def received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, scale: float | None) -> Tensor:
+def received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, scale: float | None, kernel: str = "") -> Tensor:
     """softmax(scale * q_last k^T + mask), averaged over heads: f32[B, S], 0 for padding; one row of an attention.
 
     q [B, H, S, D], k [B, G, S, D] with H a multiple of G; the last token is the last real one: not hidden from itself by the mask
     [B or 1, H or 1, S or 1, S], and among the first `count` i32[B]. Causal attention hides nothing from it.
     """
+    fn: Any = KERNELS.get(kernel)
+    if fn is not None:
+        return fn(q, k, mask, count, scale)
     B, H, S, D = q.shape
     G = k.shape[1]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -86,7 +88,7 @@ def received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, sc
     return torch.where(real, share, 0.0).float()
 
 
-def received_fake(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, scale: float | None) -> Tensor:
+def received_fake(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, scale: float | None, kernel: str) -> Tensor:
     """Shape and dtype of the result."""
     return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32)
 
@@ -94,37 +96,11 @@ def received_fake(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | Non
 def features(importance: Tensor, real: Tensor, required: float) -> Tensor:
     """f32[B, S, 4], what FTP's router sees of a token: its place and its rank by importance f32[B, S], both over the number of real tokens
     (of equal ones the first ranks higher), the importance itself, and the fraction that the block is to skip."""
-    place = real.cumsum(-1)
-    return _features(importance, real, required, place, place[:, -1:])
-
-
-def _features(importance: Tensor, real: Tensor, required: float, place: Tensor, number: Tensor) -> Tensor:
-    """`place` i64[B, S] counts real tokens from 1, `number` [B, 1] is how many there are."""
-    rivals = torch.where(real, importance, -torch.inf)
+    place, rivals = real.cumsum(-1), torch.where(real, importance, -torch.inf)
     order = rivals.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    made = importance.new_empty((*importance.shape, 4))
-    made[..., 0], made[..., 1], made[..., 2], made[..., 3] = place - 1, importance, rank, required
-    made[..., ::2] /= number.clamp_min(1).unsqueeze(-1)
-    return made
-
-
-def _unpadded(importance: Tensor, required: float) -> Tensor:
-    """`features` of real tokens alone, in few operations: each costs as much as the arithmetic of all."""
-    made = _places(*importance.shape, importance.device).clone()
-    made[..., 1], made[..., 3] = importance, required
-    order = importance.sort(dim=-1, descending=True, stable=True).indices
-    made[..., 2].scatter_(-1, order, made[..., 0])
-    return made
-
-
-@lru_cache(maxsize=4)
-def _places(B: int, S: int, device: torch.device) -> Tensor:
-    """f32[B, S, 4]: the places alone."""
-    made = torch.zeros(B, S, 4, device=device)
-    made[..., 0] = torch.arange(S, device=device)
-    made[..., 0] /= max(1, S)
-    return made
+    number = place[:, -1:].clamp_min(1)
+    return torch.stack([(place - 1) / number, importance, rank / number, torch.full_like(importance, required)], -1)
 
 
 def logits(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -137,22 +113,20 @@ def probability(y: Tensor) -> Tensor:
     return y[..., 0].sigmoid() if y.shape[-1] == 1 else y.softmax(-1)[..., 1]
 
 
-def route(importance: Tensor, mask: Tensor | None, required: float, weights: list[Tensor]) -> Tensor:
+def route(importance: Tensor, mask: Tensor | None, required: float, weights: list[Tensor], kernel: str = "") -> Tensor:
     """Scores f32[B, S] of FTP's learned router. The first and the last real token are kept in any case."""
-    B, S = importance.shape
-    if mask is None:
-        p = probability(logits(_unpadded(importance, required), weights)).contiguous()
-        p[:, :1], p[:, -1:] = torch.inf, torch.inf
-        return p
-    real = real_tokens(mask, B, S, importance.device)
+    fn: Any = KERNELS.get(kernel)
+    if fn is not None:
+        return fn(importance, mask, required, weights)
+    real = real_tokens(mask, *importance.shape, importance.device)  # type: ignore[call-arg]
     place = real.cumsum(-1)
     number = place[:, -1:]
-    p = probability(logits(_features(importance, real, required, place, number), weights))
+    p = probability(logits(features(importance, real, required), weights))
     p = torch.where((place == 1) | (place == number), torch.inf, p)
     return torch.where(real, p, -torch.inf)
 
 
-def route_fake(importance: Tensor, mask: Tensor | None, required: float, weights: list[Tensor]) -> Tensor:
+def route_fake(importance: Tensor, mask: Tensor | None, required: float, weights: list[Tensor], kernel: str) -> Tensor:
     """Shape and dtype of the result."""
     return torch.empty_like(importance)
 
@@ -203,31 +177,38 @@ def kept(scores: Tensor, rule: Policy) -> Tensor:
     return mask
 
 
-def keep(scores: Tensor, policy: str, seen: str) -> tuple[Tensor, Tensor]:
+def keep(scores: Tensor, policy: str, seen: str, kernel: str = "") -> tuple[Tensor, Tensor]:
     """(idx i32[B, K], count i32[B]): the kept tokens of each row in ascending order and their number, which the host reads back.
 
     A row may keep none. Raises SelectionError where a score is NaN.
     """
-    if bool(scores.isnan().any()):
-        bad = scores.isnan().nonzero()[0].tolist()
+    fn: Any = KERNELS.get(kernel)
+    idx, count, real, bad = (fn or listed)(scores, policy)
+    if bad is not None:
         raise SelectionError(f"keep {policy}: the score of token {bad[1]} of sequence {bad[0]} is NaN, by which nothing can be selected")
-    S = scores.shape[1]
-    mask = kept(scores, parse_policy(policy))
-    count = mask.sum(-1, dtype=torch.int32)
+    numbers = count.tolist()
     counter = SEEN.get(seen)
     if counter is not None:
-        counter.active += int(count.sum())
-        counter.of += int((scores > -torch.inf).sum())
-    size = min(S, -(-max(1, int(count.max())) // TOKEN_TILE) * TOKEN_TILE)
-    if len(mask) == 1:
-        idx = count.new_full((1, size), -1)
-        idx[0, : int(count)] = mask[0].nonzero()[:, 0]
-        return idx, count
-    at = torch.where(mask, torch.arange(S, device=scores.device), S).sort(-1).values[:, :size]
-    return torch.where(at < S, at, -1).int(), count
+        counter.active += sum(numbers)
+        counter.of += real
+    size = min(scores.shape[1], -(-max(1, *numbers) // TOKEN_TILE) * TOKEN_TILE)
+    return idx[:, :size].contiguous(), count
 
 
-def keep_fake(scores: Tensor, policy: str, seen: str) -> tuple[Tensor, Tensor]:
+def listed(scores: Tensor, policy: str) -> tuple[Tensor, Tensor, int, list[int] | None]:
+    """(the kept tokens of each row i32[B, S] with -1 behind them, how many they are i32[B], how many tokens are no padding, where a NaN
+    is)."""
+    nan = scores.isnan()
+    bad = nan.nonzero()[0].tolist() if bool(nan.any()) else None
+    if bad is not None:
+        return scores.int(), scores.int(), 0, bad
+    S = scores.shape[1]
+    mask = kept(scores, parse_policy(policy))
+    at = torch.where(mask, torch.arange(S, device=scores.device), S).sort(-1).values
+    return torch.where(at < S, at, -1).int(), mask.sum(-1, dtype=torch.int32), int((scores > -torch.inf).sum()), None
+
+
+def keep_fake(scores: Tensor, policy: str, seen: str, kernel: str) -> tuple[Tensor, Tensor]:
     """Shapes: the number of columns is known at run time only."""
     size = torch.library.get_ctx().new_dynamic_size(min=1)
     return scores.new_empty((scores.shape[0], size), dtype=torch.int32), scores.new_empty(scores.shape[:1], dtype=torch.int32)
@@ -275,11 +256,12 @@ def _define(name: str, schema: str, meaning: Any, fake: Any) -> Any:
     return getattr(torch.ops.sparsecc, name).default
 
 
-RECEIVED = _define("received", "(Tensor q, Tensor k, Tensor? mask, Tensor? count, float? scale) -> Tensor", received, received_fake)
-ROUTE = _define("route", "(Tensor importance, Tensor? mask, float required, Tensor[] weights) -> Tensor", route, route_fake)
+RECEIVED = _define(
+    "received", "(Tensor q, Tensor k, Tensor? mask, Tensor? count, float? scale, str kernel) -> Tensor", received, received_fake)
+ROUTE = _define("route", "(Tensor importance, Tensor? mask, float required, Tensor[] weights, str kernel) -> Tensor", route, route_fake)
 TOKEN_GATE = _define("token_gate", "(Tensor h, Tensor weight, Tensor like) -> Tensor", token_gate, token_gate_fake)
 ELIGIBLE = _define("eligible", "(Tensor p, Tensor? mask, int? first, int? end) -> Tensor", eligible, eligible_fake)
-KEEP = _define("keep", "(Tensor scores, str policy, str seen) -> (Tensor, Tensor)", keep, keep_fake)
+KEEP = _define("keep", "(Tensor scores, str policy, str seen, str kernel) -> (Tensor, Tensor)", keep, keep_fake)
 GATHER_KEPT = _define("gather_kept", "(Tensor x, Tensor idx, int[] dims) -> Tensor", gather_kept, gather_tokens_fake)
 HIDE_KEYS = _define("hide_keys", "(Tensor? mask, Tensor idx) -> Tensor", hide_keys, hide_keys_fake)
 SCATTER_KEPT = _define("scatter_kept", "(Tensor x, Tensor idx, Tensor y) -> Tensor", scatter_kept, scatter_kept_fake)

@@ -129,5 +129,5 @@ def _mixed(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
     return x + through(p)[..., None].to(x.dtype) * (y - x)
 
 
-def _received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, scale: float | None) -> Tensor:
+def _received(q: Tensor, k: Tensor, mask: Tensor | None, count: Tensor | None, scale: float | None, kernel: str) -> Tensor:
     return received(q.detach(), k.detach(), mask, count, scale)

@@ -193,6 +193,18 @@ class Between(Protocol):
         """Key and code of `sparsecc.pool`."""
         ...
 
+    def received(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.received`."""
+        ...
+
+    def route(self) -> tuple[str, Any]:
+        """Key and code of `sparsecc.route`."""
+        ...
+
+    def keep(self, policy: str) -> tuple[str, Any]:
+        """Key and code of `sparsecc.keep` for a policy, or ("", None)."""
+        ...
+
     def attention_pays(self, problem: Attention) -> bool:
         """Whether that code, measured, is faster than torch's."""
         ...

@@ -180,7 +180,7 @@ class Cutter:
         """(indices, their number, how many of them each row has, what counts them)"""
         call = self.program.graph.call_function
         key, seen = counter(name) if name else ("", None)
-        chosen = call(KEEP, (scores, str(policy), key))
+        chosen = call(KEEP, (scores, str(policy), key, ""))
         idx, count = (call(operator.getitem, (chosen, i)) for i in range(2))
         idx.meta["val"] = self._example(policy)
         like = self.shorter.like

@@ -16,6 +16,7 @@ from sparsecc.ir.image_ops import DEPTHWISE, PATCHES, POOL
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program
+from sparsecc.ir.route_ops import KEEP, RECEIVED, ROUTE
 from sparsecc.ir.token_ops import APPEND, ATTENTION, GATE, MASK_TILES, NORM, ROTARY, TOKENS
 from sparsecc.passes.attention import hides
 from sparsecc.passes.bundle import lower_neurons
@@ -79,16 +80,19 @@ BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
     DEPTHWISE: lambda between, node: between.window("depthwise", node.args[4], node.args[6]),
     PATCHES: lambda between, node: between.window("patches", node.args[2], ""),
     POOL: lambda between, node: between.pool(),
+    RECEIVED: lambda between, node: between.received(),
+    ROUTE: lambda between, node: between.route(),
+    KEEP: lambda between, node: between.keep(node.args[1]),
 }
-"""The kernels of what stands between linears, and the keys by which programs name them."""
+"""The kernels of what stands between linears, and the keys by which programs name them; without a kernel ("", None)."""
 
 
 def _name_kernel(node: fx.Node, between: Any) -> None:
     """The kernel is the last argument."""
-    key = DENSE
-    if between is not None:
-        key, KERNELS[key] = BETWEEN[node.target](between, node)
-    node.args = (*node.args[:-1], key)
+    key, kernel = ("", None) if between is None else BETWEEN[node.target](between, node)
+    if kernel is not None:
+        KERNELS[key] = kernel
+    node.args = (*node.args[:-1], key if kernel is not None else DENSE)
 
 
 def _head_size(node: fx.Node) -> int:

@@ -53,7 +53,7 @@ class Routes:
         if isinstance(rule.router, TokenRouter):
             weights = [self.const(f"router_{i}", w) for i, w in enumerate(rule.router.weights)]
             place = next(i for i, one in enumerate(self.blocks) if one.y is block.y)
-            return call(ROUTE, (self.importance(place, mask), mask, required, weights)), None
+            return call(ROUTE, (self.importance(place, mask), mask, required, weights, "")), None
         assert isinstance(rule.router, DepthRouter)
         p = self.gate(block, source, rule.router, at)
         return call(ELIGIBLE, (p, mask, *(rule.span or (None, None)))), p
@@ -97,7 +97,7 @@ class Routes:
         call = self.program.graph.call_function
         if at == 0:
             heads = call(aten.unsqueeze.default, (self.blocks[0].x, 1))
-            paid = call(RECEIVED, (heads, heads, mask, None, None))
+            paid = call(RECEIVED, (heads, heads, mask, None, None, ""))
         else:
             block = self.blocks[at - 1]
             if block.y in self.whole:
@@ -105,7 +105,8 @@ class Routes:
                 raise SpecError(f"ftp: a learned router ranks tokens by what they are paid as keys of {name}: use keys='kept' there")
             idx, count = self.cuts.get(block.y, (None, None))
             given = arguments(block.attention)
-            paid = call(RECEIVED, (given["query"], one_of_each(given["key"]), given.get("attn_mask"), count, given.get("scale")))
+            args = (given["query"], one_of_each(given["key"]), given.get("attn_mask"), count, given.get("scale"), "")
+            paid = call(RECEIVED, args)
             if idx is not None:
                 paid = call(SCATTER_KEPT, (self.importance(at - 1, mask), idx, paid))
         self.paid[at] = paid

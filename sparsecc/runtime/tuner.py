@@ -25,6 +25,7 @@ from sparsecc.codegen.tvm.terms import serves_few
 from sparsecc.formats import Format, Pattern, Shared
 from sparsecc.formats.grid import kept_blocks
 from sparsecc.ir.ops import empty_output
+from sparsecc.ir.policy import parse_policy
 from sparsecc.ir.token_ops import mask_tiles
 from sparsecc.passes.context import Attention, Choice, Picture, Problem
 from sparsecc.passes.pack import formats_for
@@ -44,6 +45,7 @@ from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
 from sparsecc.runtime.neuron_tuner import CpuNeurons
 from sparsecc.runtime.remainder import undisturbed
+from sparsecc.runtime.routing import COMPARES, KeepKernel, ReceivedKernel, RouteKernel
 from sparsecc.runtime.rows import AppendRows, AttentionRows, GateRows, NormRows, RotaryRows
 
 TOLERANCE = 2e-5
@@ -188,6 +190,20 @@ class CpuTuner:
     def pool(self) -> tuple[str, PoolKernel]:
         """The key that stands in the program, and the kernel."""
         return self._named("pool"), PoolKernel(self.backend)
+
+    def received(self) -> tuple[str, ReceivedKernel]:
+        """The key that stands in the program, and the kernel."""
+        return self._named("received"), ReceivedKernel(self.backend)
+
+    def route(self) -> tuple[str, RouteKernel]:
+        """The key that stands in the program, and the kernel."""
+        return self._named("route"), RouteKernel(self.backend)
+
+    def keep(self, policy: str) -> tuple[str, KeepKernel | None]:
+        """The key that stands in the program, and the kernel; none for policies that compare a row's tokens."""
+        if parse_policy(policy).name not in COMPARES:
+            return "", None
+        return self._named(f"keep {policy}"), KeepKernel(self.backend, policy)
 
     def _named(self, what: object) -> str:
         return f"cpu:{self.backend.isa.name} {what}"

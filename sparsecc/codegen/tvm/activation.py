@@ -64,6 +64,17 @@ def write_exp(w: Writer, values: Sequence[str], lanes: int) -> list[str]:
     return step("p", [f"T.Select({v} < {least}, {zero}, {e})" for v, e in zip(vs, powers, strict=True)])
 
 
+def write_sigmoid(w: Writer, values: Sequence[str], lanes: int) -> list[str]:
+    """1 / (1 + exp(-v)) of each value; NaN stays NaN."""
+    step = _Steps(w, lanes)
+    vs, one = step("v", values), step.constant(1.0)
+    powers = step.exp([f"{step.constant(0.0)} - {v}" for v in vs])
+    number = lambda value: splat(f"T.int32({value})", lanes)  # noqa: E731
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    sizes = [f'T.bitwise_and(T.reinterpret("int32{suffix}", {v}), {number(2147483647)})' for v in vs]
+    return [f"T.Select({size} > {number(2139095040)}, {v}, {one} / ({one} + {e}))" for size, v, e in zip(sizes, vs, powers, strict=True)]
+
+
 @dataclass(frozen=True)
 class _Steps:
     """Writes one step for every value before the next step of any."""
