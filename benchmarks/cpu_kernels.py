@@ -96,7 +96,8 @@ def paired(
     """Time `fns` in turn, each sample between two of the limit. Per function: seconds of one call (median), fraction (median) of the
     limit's rate at which it does `work` a call, top (the upper quartile of that, the rounds that nobody disturbed)."""
     once = {name: _seconds(f.run, clock) for name, f in fns.items()}
-    repeats = {name: max(1, min(1000, math.ceil(SAMPLE / each))) for name, each in once.items()}
+    least = {name: -(-IN_ONE // f.calls) for name, f in fns.items()}  # after the limit the first call finds Python's own data gone
+    repeats = {name: max(least[name], min(1000, math.ceil(SAMPLE / each))) for name, each in once.items()}
     span = min(LONGEST, max(SAMPLE, max(once.values()) / 2))
     took: dict[str, list[float]] = {name: [] for name in fns}
     fractions: dict[str, list[float]] = {name: [] for name in fns}

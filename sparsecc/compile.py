@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from sparsecc import debug
@@ -27,13 +29,13 @@ from sparsecc.ir.route_ops import SCATTER_KEPT
 from sparsecc.ir.skip_ops import NEURONS, REQUEST, SCATTER
 from sparsecc.ir.text import print_program
 from sparsecc.passes import PIPELINE
-from sparsecc.passes.context import Context
+from sparsecc.passes.context import Attention, Context
 from sparsecc.passes.convolution import CONVOLUTION
 from sparsecc.passes.manager import History, run_passes
 from sparsecc.passes.pack import tokens_of
 from sparsecc.runtime.graphs import Graphed, capturable
 from sparsecc.runtime.module import CompiledModule
-from sparsecc.runtime.remainder import Remainder, begin, finish
+from sparsecc.runtime.remainder import Remainder, begin, finish, undisturbed
 from sparsecc.spec import SparsitySpec, SpecLike
 from sparsecc.target import check_target, is_elsewhere, require_device, tuner_of
 
@@ -42,6 +44,8 @@ RUN_TIME = (NEURONS, REQUEST, SCATTER, SCATTER_KEPT, THROUGH, MERGE, PROMPT, COR
 EFFORTS = ("none", "quick", "full")
 SECONDS = {"none": 60.0, "quick": 45.0, "full": 600.0}
 """Budget of tuning, in seconds, unless `tune_seconds` is given."""
+RACE = 0.5
+"""Seconds that two ways to run a whole program are timed."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,25 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
             dumper.stage(len(texts), step.name, step.text, texts[-1] if texts else None)
             texts.append(step.text)
 
-    with progress(_regions(program), sys.stderr.isatty()) as bar:
-        tuner = options.tuner(bar.step)
-        context = Context(options.spec, tuner, notes=list(program.gm.meta.get(NOTES, ())))
-        history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
+    def once(attention: Mapping[Attention, bool]) -> tuple[History, Context, Callable[..., Sequence[Any]]]:
+        """The history, what the passes found out, and what runs."""
+        texts.clear()
+        with progress(_regions(program), sys.stderr.isatty()) as bar:
+            tuner = options.tuner(bar.step)
+            context = Context(options.spec, tuner, notes=list(program.gm.meta.get(NOTES, ())), attention=dict(attention))
+            history = run_passes(program, PIPELINE, context, disable=knobs.disable, stop_after=knobs.stop_after, on_step=dump)
+        return history, context, _runner(history.program, options, tuner)
+
+    history, context, run = once({})
+    if context.contested:
+        ours, theirs = (history, context, run), once(dict.fromkeys(context.contested, False))
+        why = _faster(ours[2], theirs[2], example_inputs)
+        history, context, run = theirs if why is None or why.startswith("torch") else ours
+        context.notes += [] if why is None else [f"attention, the whole model timed both ways: {why}"]
+        texts.clear()
+        for step in history.steps:
+            dump(step)
+    tuner: Any = context.tuner
     if dumper is not None:
         for node in history.program.graph.nodes:
             key = node.args[-1] if node.args and isinstance(node.args[-1], str) else ""
@@ -169,7 +188,16 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
     notes: dict[str, Any] = {} if tuner is None else dict(tuner.notes)
     if context.notes:
         notes["notes"] = [*notes.get("notes", []), *context.notes]
-    return Built(_runner(history.program, options, tuner), history, explanation(history, options, notes))
+    return Built(run, history, explanation(history, options, notes))
+
+
+def _faster(ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Sequence[Any]) -> str | None:
+    """"torch's ..." or "kernels ...", with the times; None for inputs that stand for others and can't be run."""
+    if any(isinstance(value, FakeTensor | torch.SymInt) for value in inputs):
+        return None
+    times = undisturbed({"kernels": partial(ours, *inputs), "torch's": partial(theirs, *inputs)}, RACE)
+    first, second = sorted(times, key=lambda name: times[name].ratio)
+    return f"{first} {1e3 * times[first].median:.2f} ms, {second} {1e3 * times[second].median:.2f} ms"
 
 
 def _runner(program: Program, options: Options, tuner: Any) -> Callable[..., Sequence[Any]]:

@@ -30,7 +30,8 @@ class Problem:
     """One linear to store and run: its weight [N, K] with zeros in it, the formats that may hold it, and the call around it.
 
     `tokens`: M to tune for. `picture`: of what it is a convolution, if it is one: then some format is chosen, its dense code is in
-    `formats`, and the dense code to compare with is torch's convolution. `layout`: "row", or "token" where x and y are token-minor.
+    `formats`, and the dense code to compare with is torch's convolution. `reads` and `layout`: of x, and of y and the residual: "row", or
+    "token" where they are token-minor.
     """
 
     name: str
@@ -41,6 +42,12 @@ class Problem:
     residual: bool
     picture: Picture | None = None
     layout: str = "row"
+    reads: str = "row"
+
+    @property
+    def chained(self) -> bool:
+        """Whether it follows another kernel, or is followed by one."""
+        return "token" in (self.reads, self.layout)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Attention:
-    """q f32[B, H, S, D]; k and v f32[B, G, Sk, D]. `hides`: what queries may not see, see `AttentionSpec`."""
+    """q [B, H, S, D]; k and v [B, G, Sk, D]. `hides`: what queries may not see, see `AttentionSpec`; `dtype`: torch's own, ours is
+    float32."""
 
     B: int
     H: int
@@ -70,6 +78,7 @@ class Attention:
     Sk: int
     D: int
     hides: str
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -205,8 +214,8 @@ class Between(Protocol):
         """Key and code of `sparsecc.keep` for a policy, or ("", None)."""
         ...
 
-    def attention_pays(self, problem: Attention) -> bool:
-        """Whether that code, measured, is faster than torch's."""
+    def attention_times(self, problem: Attention) -> tuple[float, float] | None:
+        """Seconds of that code and of torch's; None where nothing is measured, and the kernel is trusted."""
         ...
 
 
@@ -218,3 +227,7 @@ class Context:
     tuner: Tuner | None = None
     notes: list[str] = field(default_factory=list)
     """What people should know, for the explanation's header."""
+    attention: dict[Attention, bool] = field(default_factory=dict)
+    """Whether a kernel runs it; it does where this doesn't say."""
+    contested: list[Attention] = field(default_factory=list)
+    """Attention that a kernel runs although torch's is faster alone."""

@@ -6,7 +6,8 @@
     r = q * cos + half_turn(q) * sin                           -->  c = tokens(cos);  r = rotary(q, c, tokens(sin))
     a = scaled_dot_product_attention(r, k, v, mask)            -->  m = tokens(mask);  a = attention(r, k, v, m, mask_tiles(m))
 
-Which values can be stands in `token_minor`, and how what is between linears is found in ATen in `between`.
+Which values can be stands in `token_minor`, and how what is between linears is found in ATen in `between`. Of models in bf16 and fp16 they
+are float32, see `widen`.
 """
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from sparsecc.passes.context import Context
 from sparsecc.passes.pictures import return_slower
 from sparsecc.passes.site import Maker
 from sparsecc.passes.token_minor import TokenMinor
+from sparsecc.passes.widen import widen
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,12 @@ class Layout:
         if tuner is not None:
             return_slower(program, tuner)
         packed = (view.node for view in program.linears() if all(term.format is not None for term in view.terms))
-        plan = TokenMinor.of(program, packed, None if tuner is None else tuner.between)
+        plan = TokenMinor.of(program, packed, context.attention if isinstance(context, Context) else {})
         maker = Maker(program)
         for node in list(program.graph.nodes):  # in its order: names, and with them Inductor's cache, should not depend on hashes
             if node in plan.linears & plan.token:
                 LinearView(node).replace(layout="token")
             elif node in plan.sites:
                 maker.replace(plan.sites[node], "token" if node in plan.token else "row")
+        widen(program)
         program.finish()

@@ -23,9 +23,9 @@ from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program, Region
-from sparsecc.passes.context import Choice, Context, Picture, Problem, Tuner
+from sparsecc.passes.choices import choices
+from sparsecc.passes.context import Choice, Context, Picture, Problem
 from sparsecc.passes.fuse import ACTIVATION_TARGETS, ADDS
-from sparsecc.passes.token_minor import TokenMinor
 
 aten = torch.ops.aten
 
@@ -63,25 +63,8 @@ class Pack:
                     problem = _problem(program, view, context, picture)
                     if problem is not None:
                         problems[view.node] = problem
-        for node, choice in _choices(program, problems, context.tuner).items():
+        for node, choice in choices(program, problems, context).items():
             _store(program, LinearView(node), choice)
-
-
-def _choices(program: Program, problems: dict[fx.Node, Problem], tuner: Tuner) -> dict[fx.Node, Choice]:
-    """The best for each, called as it will be. Where dense code stays, its neighbours' values are rows, and they are asked again."""
-    if tuner.between is None:
-        return {node: tuner.choose(problem) for node, problem in problems.items()}
-    packed, chosen = set(problems), {}
-    while True:
-        chained = TokenMinor.of(program, packed, tuner.between).chained()
-        for node, problem in problems.items():
-            layout = "token" if node in chained and problem.picture is None else "row"
-            if node not in chosen or chosen[node][0] != layout:
-                chosen[node] = layout, tuner.choose(replace(problem, layout=layout))
-        still = {node for node in packed if chosen[node][1].format is not None}
-        if still == packed:
-            return {node: choice for node, (_, choice) in chosen.items()}
-        packed = still
 
 
 def _problem(program: Program, view: LinearView, context: Context, picture: Picture | None) -> Problem | None:

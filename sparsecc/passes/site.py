@@ -17,7 +17,7 @@ from sparsecc.ir.program import Program
 aten = torch.ops.aten
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 RESHAPES = (aten.reshape.default, aten.view.default)
-FEW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TO_THE_END = 2**62
 """Slices to "the end" carry 2**63 - 1."""
 
@@ -73,9 +73,9 @@ def has_tokens(x: Any) -> bool:
 
 
 def fills_vectors(x: Any) -> bool:
-    """float32, and sequences that fill a vector of tokens."""
+    """Sequences that fill a vector of tokens."""
     value = value_of(x) if isinstance(x, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.dtype != torch.float32:
+    if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.dtype not in DTYPES:
         return False
     size = _hint(value.shape[-2])
     return size is None or size >= TOKEN_TILE
@@ -84,7 +84,7 @@ def fills_vectors(x: Any) -> bool:
 def has_few(x: Any) -> bool:
     """A few tokens [B, S, F], or their heads [B, H, S, D]: decode."""
     value = value_of(x) if isinstance(x, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4) or value.dtype not in FEW_DTYPES:
+    if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4) or value.dtype not in DTYPES:
         return False
     B, S = _hint(value.shape[0]), _hint(value.shape[-2])
     return B is not None and S is not None and S < TOKEN_TILE and B * S <= FEW

@@ -7,8 +7,9 @@ transposed for others stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import fx
 
@@ -18,7 +19,7 @@ from sparsecc.ir.program import LinearView, Program
 from sparsecc.ir.route_ops import RECEIVED
 from sparsecc.passes.attention import SDPA, hides, is_causal, key_heads, mask_of
 from sparsecc.passes.between import sites
-from sparsecc.passes.context import Attention, Between
+from sparsecc.passes.context import Attention
 from sparsecc.passes.site import Site, fills_vectors, root
 
 
@@ -33,9 +34,9 @@ class TokenMinor:
     token: set[fx.Node] = field(default_factory=set)
 
     @staticmethod
-    def of(program: Program, packed: Iterable[fx.Node], between: Between | None) -> TokenMinor:
-        """Everything that is token-minor if these linears run on packed weights, and attention where the target's kernel is the faster
-        one. Without a target the dense meaning serves either way."""
+    def of(program: Program, packed: Iterable[fx.Node], attention: Mapping[Attention, bool] = MappingProxyType({})) -> TokenMinor:
+        """Everything that is token-minor if these linears run on packed weights, and attention unless `attention` says that torch runs
+        it."""
         plan = TokenMinor({node for node in packed if fills_vectors(LinearView(node).x)})
         for site in sites(program):
             if not all(fills_vectors(read) for read in site.reads):
@@ -45,12 +46,15 @@ class TokenMinor:
             plan.views |= site.views
         plan.token = plan.linears | set(plan.sites)
         plan.settle()
-        attentions = [site for site in plan.sites.values() if site.node.target is SDPA]
-        slower = [site for site in attentions if between is not None and not between.attention_pays(_attention(site.node))]
-        if slower:
-            plan.drop(slower)
+        torchs = [site for site in plan.sites.values() if site.node.target is SDPA and not attention.get(_attention(site.node), True)]
+        if torchs:
+            plan.drop(torchs)
             plan.settle()
         return plan
+
+    def attentions(self) -> list[Attention]:
+        """What kernels would run."""
+        return [_attention(site.node) for site in self.sites.values() if site.node.target is SDPA]
 
     def settle(self) -> None:
         """Drop what doesn't hold until nothing changes: the largest set that is consistent."""
@@ -67,9 +71,10 @@ class TokenMinor:
                 self.drop(gone)
                 changed = True
 
-    def chained(self) -> set[fx.Node]:
-        """Linears that read and write token-minor values, after `settle`."""
-        return {node for node in self.linears & self.token if root(LinearView(node).x, self.views) in self.token}
+    def layouts(self, node: fx.Node) -> tuple[str, str]:
+        """Of what a linear reads and of what it writes, after `settle`."""
+        read = node in self.linears and root(LinearView(node).x, self.views) in self.token
+        return "token" if read else "row", "token" if node in self.linears & self.token else "row"
 
     def drop(self, gone: list[Site]) -> None:
         """These stay torch's."""
@@ -108,4 +113,4 @@ def _attention(node: fx.Node) -> Attention:
     hint = lambda size, other: size if isinstance(size, int) else (size.node.hint or other)  # noqa: E731
     B, H, S, D = (hint(size, 128) for size in q.shape)
     hidden = "causal" if is_causal(node) else hides(mask_of(node))
-    return Attention(B, H, hint(key_heads(node), H), S, hint(k.shape[2], S), D, hidden)
+    return Attention(B, H, hint(key_heads(node), H), S, hint(k.shape[2], S), D, hidden, q.dtype)

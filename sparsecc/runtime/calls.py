@@ -33,8 +33,8 @@ class Call:
         N, K = problem.weight.shape
         random = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(*shape, generator=random).to(problem.weight)  # noqa: E731
-        spans = problem.tokens // SPAN if problem.layout == "token" and problem.tokens % SPAN == 0 else 1
-        lead = (problem.tokens,) if problem.layout == "row" else (spans, problem.tokens // spans)
+        spans = problem.tokens // SPAN if problem.chained and problem.tokens % SPAN == 0 else 1
+        lead = (spans, problem.tokens // spans) if problem.chained else (problem.tokens,)
         self.x, self.bias = draw(*lead, K), draw(N)
         self.res = draw(*lead, N) if problem.residual else None
         self.act = ACTIVATIONS[problem.epilogue].fn
@@ -58,12 +58,32 @@ class Call:
         layout = self.problem.layout
         _, made = tuner.kernel((fmt,), self.problem.epilogue, self.res is not None, layout, shape, to_text(config), weight.dtype, tokens)
         kernel: Any = made
-        if layout == "token":
-            x, res = _minor(self.x), None if self.res is None else _minor(self.res)
-            return _replayed(kernel, x, list(fmt.pack(weight).values()), self.bias, res)
+        if self.problem.chained:
+            return self._in_chain(kernel, list(fmt.pack(weight).values()))
         turn = itertools.cycle(self._copies([array.to(weight.device) for array in fmt.pack(weight).values()]))
         kernel.prepare(tokens, weight.dtype)
         return lambda: kernel(self.x, next(turn), self.bias, self.res)
+
+    def _in_chain(self, kernel: Any, params: list[Tensor]) -> Callable[[], Tensor]:
+        """The kernel as a chain runs it: in float32 whatever the model is, sizes and memory are there. What comes in or leaves as rows of
+        another dtype is converted."""
+        problem, dtype, wide = self.problem, self.x.dtype, self.x.float()
+        x = _minor(wide) if problem.reads == "token" else wide
+        res = self.res if self.res is None else _minor(self.res.float()) if problem.layout == "token" else self.res.float()
+        bias = self.bias.float()
+        with Recorder(Pool()) as recorder:
+            y = kernel(x, params, bias, res)
+        calls, keep = recorder.calls, (recorder.pool, kernel, x, params, bias, res)
+        comes, leaves = (dtype != torch.float32 and layout == "row" for layout in (problem.reads, problem.layout))
+
+        def run(keep: Any = keep) -> Tensor:
+            if comes:
+                x.copy_(self.x)
+            for code, args in calls:
+                code(*args)
+            return y.to(dtype) if leaves else y
+
+        return (lambda: kernel(x, params, bias, res)) if recorder.foreign else run
 
     def _copies(self, params: list[Tensor]) -> list[list[Tensor]]:
         """The weight as often as it takes to find it out of the caches, as a token of a model does whose other layers ran meanwhile. With
@@ -156,22 +176,6 @@ def _convolution(picture: Picture, x: Tensor, kernel: Tensor, bias: Tensor, grou
     even = (top, left) == (bottom, right)
     x = x if even else F.pad(x, (left, right, top, bottom))
     return F.conv2d(x, kernel, bias, picture.window[2:], (top, left) if even else 0, groups=groups)
-
-
-def _replayed(kernel: Any, x: Tensor, params: list[Tensor], bias: Tensor, res: Tensor | None) -> Callable[[], Tensor]:
-    """The kernel as a chain runs it: sizes and memory are there."""
-    with Recorder(Pool()) as recorder:
-        y = kernel(x, params, bias, res)
-    calls, keep = recorder.calls, (recorder.pool, kernel, x, params, bias, res)
-    if recorder.foreign or len(calls) != 1:  # other dtypes are converted on the way
-        return lambda: kernel(x, params, bias, res)
-    (code, args), = calls
-
-    def run(keep: Any = keep) -> Tensor:
-        code(*args)
-        return y
-
-    return run
 
 
 def _pixels(picture: Tensor) -> Tensor:

@@ -208,10 +208,10 @@ class CpuTuner:
     def _named(self, what: object) -> str:
         return f"cpu:{self.backend.isa.name} {what}"
 
-    def attention_pays(self, problem: Attention) -> bool:
-        """Timed against torch's scaled_dot_product_attention, each on the layout it likes. Without tuning the kernel is trusted."""
+    def attention_times(self, problem: Attention) -> tuple[float, float] | None:
+        """Seconds of the kernel and of torch's scaled_dot_product_attention, each on the layout and dtype it likes; None without tuning."""
         if self.effort == "none":
-            return True
+            return None
         machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
         key = f"{problem} {hashlib.sha256(machine.encode()).hexdigest()[:16]}"
         found = self.cache.get(key)
@@ -225,11 +225,7 @@ class CpuTuner:
             if not any(_failed(r) for r in results):
                 self.cache.put(key, found)
         times = {r["name"]: r["seconds"] for r in found["results"] if r["seconds"] is not None}
-        pays = len(times) == 2 and times["token-minor"] <= WINS_BY * times["dense"]
-        if len(times) == 2:
-            ours, torchs = (1e6 * times[name] for name in ("token-minor", "dense"))
-            self.notes["attention"] = f"{ours:.0f} us {'instead of' if pays else 'would replace'} torch's {torchs:.0f} us"
-        return pays
+        return times.get("token-minor", math.inf), times.get("dense", 0.0)
 
     def candidates(self, problem: Problem) -> dict[str, tuple[Format, CpuConfig]]:
         """By name, the most promising first within each format."""
@@ -287,7 +283,7 @@ class CpuTuner:
         if sparse.seconds is not None and dense.seconds is not None:
             even = break_even({zeros: sparse.seconds}, dense.seconds)
             wins, by = sparse.seconds <= WINS_BY * dense.seconds, dense.seconds / sparse.seconds
-            how = "measured in a chain" if problem.layout == "token" else "measured"
+            how = "measured in a chain" if problem.chained else "measured"
         else:
             wins, by, how = sparse.predicted < dense.predicted, dense.predicted / sparse.predicted, "predicted"
         if problem.picture is not None:
@@ -307,7 +303,7 @@ class CpuTuner:
         machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
         digest = hashlib.sha256(f"{list(candidates)} {machine} {self.effort}".encode()).hexdigest()[:16]
         tokens = problem.tokens if problem.tokens <= 2 else 2 ** math.ceil(math.log2(problem.tokens))
-        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}{problem.picture or ''} {problem.layout}"
+        call = f"{problem.epilogue or '-'}{'+res' if problem.residual else ''}{problem.picture or ''} {problem.reads} {problem.layout}"
         return f"{N}x{K} {problem.weight.dtype} M={tokens} kept={density / 50:.2f} {call} {digest}"
 
 
@@ -323,11 +319,12 @@ class AttentionCall:
         self.q, self.k, self.v = make(p.H, p.S), make(p.G, p.Sk), make(p.G, p.Sk)
         causal = torch.ones(p.B, 1, p.S, p.Sk).tril(max(0, p.Sk - p.S)).bool()
         self.mask = {"rows": causal, "keys": torch.rand(p.B, 1, 1, p.Sk, generator=random) < 0.9}.get(p.hides)
-        self.given = {"enable_gqa": p.H != p.G, "is_causal": p.hides == "causal"}
+        self.dtype, self.given = p.dtype, {"enable_gqa": p.H != p.G, "is_causal": p.hides == "causal"}
 
     def dense(self) -> Callable[[], Tensor]:
         """torch's own code."""
-        return lambda: F.scaled_dot_product_attention(self.q, self.k, self.v, self.mask, **self.given)
+        q, k, v = (t.to(self.dtype) for t in (self.q, self.k, self.v))
+        return lambda: F.scaled_dot_product_attention(q, k, v, self.mask, **self.given)
 
     def candidate(self, kernel: AttentionKernel) -> Callable[[], Tensor]:
         """The kernel on token-minor heads."""

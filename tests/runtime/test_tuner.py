@@ -140,9 +140,14 @@ def test_a_layer_in_a_chain_is_timed_on_its_layout(tmp_path: Path, monkeypatch: 
     """Checked against float64 like any other; of many tokens some."""
     stopwatch(monkeypatch, 0.5)
     tuner, w = make(tmp_path), sparse(64, 64, 0.25)
-    choice = tuner.choose(replace(problem(w, tokens, epilogue="gelu", residual=True), layout="token"))
-    assert choice.format == CSR and choice.tokens == min(tokens, tuner_module.TIMED)
-    assert tuner._key(problem(w), {}) != tuner._key(replace(problem(w), layout="token"), {})
+    keys = {tuner._key(problem(w), {})}
+    for dtype in (torch.float32, torch.bfloat16):
+        for reads, layout in (("token", "token"), ("row", "token"), ("token", "row")):
+            one = replace(problem(w.to(dtype), tokens, epilogue="gelu", residual=True), reads=reads, layout=layout)
+            choice = tuner.choose(one)
+            assert choice.format == CSR and choice.tokens == min(tokens, tuner_module.TIMED)
+            keys.add(tuner._key(one, {}))
+    assert len(keys) == 7
 
 
 def test_no_time_at_all_still_gives_a_choice(tmp_path: Path, contests: list[str]) -> None:
