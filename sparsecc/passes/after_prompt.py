@@ -22,6 +22,7 @@ from sparsecc.passes.blocks import Block, outer
 from sparsecc.passes.grouped import group_queries
 from sparsecc.passes.route import Routes, arguments, one_of_each
 from sparsecc.passes.shorter import Shorter
+from sparsecc.passes.site import return_instead
 from sparsecc.routing import DepthRouter, TokenRouter
 from sparsecc.skipping import Tokens
 
@@ -73,7 +74,7 @@ class _Past:
             with graph.inserting_before(output):
                 kept = graph.call_function(HELD, (past[0], node, decision))
             kept.meta["val"] = Shorter(value_of(block.x)).rows(value_of(node), f"{decision.name}_keys")
-            output.replace_input_with(node, kept)
+            return_instead(self.program, node, kept)
             for user in [user for user in node.users if user.target is SHOWN]:
                 with graph.inserting_before(output):
                     shown = graph.call_function(HELD_SHOWN, (user.args[1], decision))

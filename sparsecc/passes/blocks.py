@@ -23,7 +23,7 @@ from sparsecc.ir.program import LinearView, Program
 from sparsecc.names import Names
 from sparsecc.passes.attention import SDPA
 from sparsecc.passes.ffn import Ffn, common_module
-from sparsecc.passes.site import RESHAPES
+from sparsecc.passes.site import RESHAPES, copies
 
 aten = torch.ops.aten
 SUMS = (aten.add.Tensor, operator.add, torch.add)
@@ -93,7 +93,7 @@ def _block(program: Program, ffn: Ffn, order: dict[fx.Node, int], cached: bool) 
 def _is_cache(node: fx.Node, inside: tuple[fx.Node, ...]) -> bool:
     """Keys or values [B, G, S, D] whose other users are the program's outputs, or what says which of them are tokens."""
     value = value_of(node)
-    known = all(user in inside or user.op == "output" or user.target is SHOWN for user in node.users)
+    known = all(user in inside or user.op == "output" or copies(user) or user.target is SHOWN for user in node.users)
     return isinstance(value, torch.Tensor) and value.ndim == 4 and known
 
 

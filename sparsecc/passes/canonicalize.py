@@ -4,6 +4,7 @@
     y = aten.addmm(b, x, w)      (w [K, N])    -->  the same, with w transposed once, now
     w = aten.mul(weight_orig, weight_mask)     -->  w = const("...weight")
     y = aten.dropout(x, 0.1, False)            -->  x
+    y = aten.cat([tensor([]), x], -2)          -->  x      a KV cache before its first token
     y = aten.batch_norm(aten.conv2d(x, w))     -->  y = aten.convolution(x, w', b'), see `convolution`
 """
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sparsecc.ir.infer import same_shape
 from sparsecc.ir.program import Program, Rule
 from sparsecc.ir.types import type_of
 from sparsecc.passes.convolution import conv_rules
+from sparsecc.passes.site import return_rows
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -203,6 +205,22 @@ def _from_alias(program: Program, node: fx.Node) -> fx.Node | None:
     return node.args[0]  # type: ignore[return-value]
 
 
+def _from_cat(program: Program, node: fx.Node) -> fx.Node | None:
+    """cat([tensor([]), x]) is x: torch leaves out what has no elements and one dimension. Callers get memory of its own all the same."""
+    parts = node.args[0]
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        return None
+    empty, x = parts
+    const, kind = fold(program, empty), program.type(x)
+    if const is None or tuple(program.const(const).shape) != (0,) or kind is None or not isinstance(x, fx.Node) or x.op == "placeholder":
+        return None
+    if kind.dtype != program.const(const).dtype or len(kind.shape) < 2:
+        return None
+    if program.graph.output_node() in node.users:
+        return_rows(program, node, x)
+    return x
+
+
 def _modules(program: Program) -> None:
     """nn.Linear and eval-mode dropout calls of a symbolically traced module become functions."""
     for node in list(program.graph.nodes):
@@ -225,7 +243,8 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.mm.default, aten.matmul.default, torch.mm, torch.matmul, operator.matmul, "matmul", "mm"), _from_matmul),
     **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default, F.dropout, torch.dropout), _from_dropout),
     **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, "to", "float", "bfloat16", "half", "type_as"), _from_cast),
-    **dict.fromkeys((aten.alias.default, aten.detach.default, "detach"), _from_alias),
+    **dict.fromkeys((aten.alias.default, aten.detach.default, aten.detach_.default, "detach"), _from_alias),
+    aten.cat.default: _from_cat,
     aten.slice.Tensor: _from_slice,
     operator.getitem: _from_getitem,
     **conv_rules(fold),

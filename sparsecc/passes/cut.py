@@ -23,6 +23,7 @@ from sparsecc.passes.attention import is_causal
 from sparsecc.passes.blocks import Block
 from sparsecc.passes.route import Routes, arguments, counter, padding, with_mask
 from sparsecc.passes.shorter import Shorter, is_table, renumbered
+from sparsecc.passes.site import return_instead
 from sparsecc.skipping import Tokens
 
 aten = torch.ops.aten
@@ -94,12 +95,11 @@ class Cutter:
         if count is None:
             return
         self.routes.hide(block, idx)
-        output = self.program.graph.output_node()
         for node in block.cache:
             with self.program.graph.inserting_after(node):
                 trimmed = self.program.graph.call_function(TRIM, (node, idx))
             trimmed.meta["val"] = self.shorter.rows(value_of(node), f"{idx.name}_keys")
-            output.replace_input_with(node, trimmed)
+            return_instead(self.program, node, trimmed)
             for user in [user for user in node.users if user.target is SHOWN]:
                 trimmed.append(user)
                 user.args = (trimmed, idx)

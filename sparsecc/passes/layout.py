@@ -17,7 +17,7 @@ from typing import Any
 from sparsecc.ir.program import LinearView, Program
 from sparsecc.passes.context import Context
 from sparsecc.passes.pictures import return_slower
-from sparsecc.passes.site import Maker
+from sparsecc.passes.site import Maker, return_rows
 from sparsecc.passes.token_minor import TokenMinor
 from sparsecc.passes.widen import widen
 
@@ -38,6 +38,8 @@ class Layout:
             return_slower(program, tuner)
         packed = (view.node for view in program.linears() if all(term.format is not None for term in view.terms))
         plan = TokenMinor.of(program, packed, context.attention if isinstance(context, Context) else {})
+        for value in [one for node in plan.token for one in plan.returned(node)]:
+            return_rows(program, value, value)
         maker = Maker(program)
         for node in list(program.graph.nodes):  # in its order: names, and with them Inductor's cache, should not depend on hashes
             if node in plan.linears & plan.token:

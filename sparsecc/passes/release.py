@@ -18,6 +18,7 @@ from sparsecc.ir.program import Program, Region
 from sparsecc.passes.blocks import find_blocks
 from sparsecc.passes.ffn import Ffn
 from sparsecc.passes.pack import tokens_of
+from sparsecc.passes.site import return_instead
 
 aten = torch.ops.aten
 REFERENCE = -5
@@ -33,7 +34,7 @@ def release(program: Program, rule: Cores, decoder: list[Ffn], image: fx.Node | 
     if missed or not all(block.cache for block in blocks):
         why = f" ({missed[0]})" if missed else ""
         raise SpecError(f"core_matching(compat='release') changes nothing but a KV cache: use methods/core_matching.py{why}")
-    call, output = program.graph.call_function, program.graph.output_node()
+    call = program.graph.call_function
     for block in blocks[first : last + 1]:
         behind = max(image, block.y, key=list(program.graph.nodes).index)
         with program.graph.inserting_before(behind.next):
@@ -41,7 +42,7 @@ def release(program: Program, rule: Cores, decoder: list[Ffn], image: fx.Node | 
             gone = call(aten.logical_not.default, (call(aten.unsqueeze.default, (call(aten.unsqueeze.default, (keep, 1)), 3)),))
             zeroed = {node: call(aten.masked_fill.Scalar, (node, gone, 0.0)) for node in block.cache}
         for node, new in zeroed.items():
-            output.replace_input_with(node, new)
+            return_instead(program, node, new)
         more = {"seen": rule.seen, "seen_in": "prompts", "m": tokens_of(block.x)}
         what = "keys and values of image tokens become zero in the cache, as in the authors' release"
         program.regions[keep.name] = Region(block.names[0], (), str(rule), what, more=more)

@@ -138,6 +138,27 @@ def swaps(node: fx.Node) -> bool:
     return node.target is aten.transpose.int and tuple(node.args[1:]) in ((1, 2), (2, 1)) and len(shape_of(node)) == 4
 
 
+def return_rows(program: Program, value: fx.Node, x: fx.Node) -> None:
+    """Return a copy of x, in rows and in memory of its own, where the program returned `value`."""
+    output = program.graph.output_node()
+    with program.graph.inserting_before(output):
+        copy = program.graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+    output.replace_input_with(value, copy)
+
+
+def copies(node: fx.Node) -> bool:
+    """Whether it does nothing but that."""
+    rows = node.target is aten.clone.default and node.kwargs.get("memory_format") == torch.contiguous_format
+    return rows and all(user.op == "output" for user in node.users)
+
+
+def return_instead(program: Program, node: fx.Node, new: fx.Node) -> None:
+    """Return `new`, which has memory of its own, where the program returned `node`, or a copy of it."""
+    output = program.graph.output_node()
+    for old in (node, *(user for user in node.users if copies(user))):
+        output.replace_input_with(old, new)
+
+
 def only(node: Any, target: Any, user: Any) -> bool:
     """Whether this is a call of `target` that nobody else uses."""
     return isinstance(node, fx.Node) and node.target is target and list(node.users) == [user]

@@ -1,8 +1,8 @@
 """Which values can be token-minor: part of the passes layout, which makes them so, and pack, which asks how a linear will be called.
 
-A value becomes token-minor only where everything that uses it reads it so. A norm may also begin the chain, where it reads rows, or
-end it, where it writes them. All else joins where what it reads is token-minor and its result is read so. What would have to be
-transposed for others stays as it was.
+A value becomes token-minor only where everything that uses it reads it so; what the program returns besides, as keys and values for a
+cache, is copied into rows. A norm may also begin the chain, where it reads rows, or end it, where it writes them. All else joins where what
+it reads is token-minor and its result is read so. What would have to be transposed for others stays as it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsecc.ir.route_ops import RECEIVED
 from sparsecc.passes.attention import SDPA, hides, is_causal, key_heads, mask_of
 from sparsecc.passes.between import sites
 from sparsecc.passes.context import Attention
-from sparsecc.passes.site import Site, fills_vectors, root
+from sparsecc.passes.site import Site, copies, fills_vectors, root
 
 
 @dataclass
@@ -85,12 +85,20 @@ class TokenMinor:
                 self.owner.pop(node, None)
 
     def _uses(self, value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """(value or view of it, user) behind the views."""
+        """(value or view of it, user) behind the views, but for what the program returns."""
         for user in value.users:
             if user in self.views:
                 yield from self._uses(user)
-            else:
+            elif user.op != "output" and not copies(user):
                 yield value, user
+
+    def returned(self, value: fx.Node) -> Iterator[fx.Node]:
+        """The value, or views of it, that the program returns."""
+        for user in value.users:
+            if user in self.views:
+                yield from self.returned(user)
+            elif user.op == "output":
+                yield value
 
     def _reads_tokens(self, value: fx.Node, user: fx.Node) -> bool:
         if user in self.owner:

@@ -51,6 +51,24 @@ def test_small_llama_decodes_the_same_tokens() -> None:
     torch.testing.assert_close(got.logits, model(ids).logits, rtol=0, atol=1e-4 * float(model(ids).logits.abs().max()))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_a_prompt_that_fills_a_cache_is_one_chain(dtype: torch.dtype, tolerance: float) -> None:
+    """Keys and values leave it as rows in memory of their own, in the model's dtype."""
+    model = llama_stack(64, 160, 2, heads=4, kv_heads=2, vocab=128).to(dtype)
+    sparsecc.prune(model, {"model.layers.*": "block(4, 1, 0.9)"})
+    compiled = sparsecc.compile(model, autotune="none", remainder="eager")
+    ids, caches = torch.randint(0, 128, (2, 70)), [DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        got, want = (run(ids, past_key_values=cache, use_cache=True) for run, cache in zip((compiled, model), caches, strict=True))
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=tolerance * float(want.logits.abs().max()))
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert one.dtype == dtype and one.stride() == other.stride()
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
+    lowered = compiled.ir("lower")
+    assert lowered.count("sparsecc.attention") == 2 and "aten.cat.default([detach" not in lowered and "scaled_dot" not in lowered
+
+
 def test_a_sparse_head_tied_to_the_embedding() -> None:
     model = llama_stack(64, 160, 2, heads=4, kv_heads=2, vocab=128)
     model.lm_head.weight = model.model.embed_tokens.weight

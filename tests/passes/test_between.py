@@ -141,11 +141,14 @@ def test_gate() -> None:
     assert ops(program) == ["gate"] and layouts(program) == ["token", "token", "row"]
 
 
+USED = ("t = aten.tanh.default(u)",)
+
+
 @pytest.mark.parametrize(
     "lines",
     [
         (*GATED, "g = aten.silu.default(a)", "h = aten.mul.Tensor(g, b)", f"y = {linear('h')}", "return (y, g)"),
-        (*GATED, "g = aten.silu.default(a)", "h = aten.mul.Tensor(g, b)", f"y = {linear('h')}", "return (y, u)"),
+        (*GATED, *USED, "g = aten.silu.default(a)", "h = aten.mul.Tensor(g, b)", f"y = {linear('h')}", "return (y, t)"),
         (*GATED, "g = aten.silu.default(a)", "h = aten.mul.Tensor(g, x)", f"y = {linear('h')}", "return (y,)"),
         (*GATED, "g = aten.silu.default(a)", "h = aten.mul.Tensor(g, b)", "t = aten.tanh.default(h)", f"y = {linear('t')}", "return (y,)"),
     ],

@@ -58,17 +58,23 @@ def test_every_user_counts() -> None:
 @pytest.mark.parametrize(
     "lines",
     [
-        (f"b = {linear('a')}", "return (b, a)"),
         ("t = aten.tanh.default(a)", f"b = {linear('a')}", "return (b, t)"),
         (f"b = {linear('x', 'a')}", "return (b,)"),
         (f"b = {linear('a', 'a')}", "return (b,)"),
         (f"b = {linear('a', packed=False)}", "return (b,)"),
         ("t = aten.tanh.default(a)", f"b = {linear('t')}", "return (b,)"),
     ],
-    ids=["output", "other op", "residual", "both", "dense linear", "op between"],
+    ids=["other op", "residual", "both", "dense linear", "op between"],
 )
 def test_anything_else_keeps_rows(lines: tuple[str, ...]) -> None:
     assert layouts(after(f"a = {linear('x')}", *lines)) == ["row", "row"]
+
+
+def test_what_the_program_returns_besides_is_copied_into_rows() -> None:
+    program = after(f"a = {linear('x')}", f"b = {linear('a')}", "return (b, a)")
+    assert layouts(program) == ["token", "row"]
+    assert all(one.is_contiguous() for one in program.run(torch.randn(12, 8)))
+    assert layouts(after(f"a = {linear('x')}", "return (a,)")) == ["row"], "nothing but returned"
 
 
 def test_dense_producer_keeps_rows() -> None:
