@@ -19,37 +19,18 @@ import torch
 import torch.nn.functional as F
 
 import sparsecc
+from benchmarks.cached import Eager, speed_ups
 from benchmarks.cpu import COMMA, ROOT, stamp
 from examples.core_matching import llava, vlm_inputs
-from sparsecc.autotune.measure import Timing, interleaved
+from sparsecc.autotune.measure import interleaved
 from sparsecc.codegen.tvm.backend import TvmBackend
 from sparsecc.ir.core_ops import core_scores, core_tokens
 from sparsecc.ir.skip_ops import select
-from sparsecc.methods.cached import State
-from sparsecc.methods.cached_graphs import Prompt, Token
 from sparsecc.methods.core_matching import CoreMatching
 from sparsecc.runtime.cores import CoreCounts
 
 SHAPE: dict[str, int] = {"hidden": 1024, "ffn": 5504, "layers": 10, "heads": 8, "kv_heads": 2, "grid": 24}
 TEXT, LAYER = 40, 2
-
-
-class Eager:
-    """transformers' code, called as `CoreMatching` calls what it compiled."""
-
-    def __init__(self, model: Any) -> None:
-        self.prompt, self.token = Prompt(model), Token(model)
-
-    @torch.no_grad()
-    def prefill(self, **inputs: Any) -> State:
-        logits, keys, values = self.prompt(**inputs)
-        return State(logits, keys, values, inputs["input_ids"].shape[1])
-
-    @torch.no_grad()
-    def step(self, token: torch.Tensor, state: State) -> State:
-        place = torch.full(token.shape, state.position)
-        logits, keys, values = self.token(input_ids=token, position_ids=place, keys=state.keys, values=state.values)
-        return State(logits, keys, values, state.position + 1)
 
 
 def build(model: Any, rule: sparsecc.Cores, inputs: dict[str, Any], remainder: str) -> dict[str, Any]:
@@ -97,21 +78,12 @@ def measure(
     same: dict[str, Any] = {"model": "llava 1024/5504 x 10", "threads": threads, "remainder": remainder, "tokens": tokens, "image": image}
     same["kept"] = (stay - tokens + image) / image
     rows = [
-        {"part": "prompt", **same, **_times(prompt), "selection": parts, "selection_of_saved": cost / (saved + cost)},
-        {"part": "token", **same, **_times(after), "keys": [k.shape[2] for k in states["core"].keys]},
+        {"part": "prompt", **same, **speed_ups(prompt, "core"), "selection": parts, "selection_of_saved": cost / (saved + cost)},
+        {"part": "token", **same, **speed_ups(after, "core"), "keys": [k.shape[2] for k in states["core"].keys]},
     ]
     for row in rows:
         print(json.dumps(row), flush=True)
     return rows
-
-
-def _times(times: dict[str, Timing]) -> dict[str, Any]:
-    """Speed-ups over both dense ones, medians over rounds."""
-    ours, others = times["core"], [name for name in times if name != "core"]
-    return {
-        "seconds": {n: t.median for n, t in times.items()}, "best": {n: t.best for n, t in times.items()},
-        "speed_up": {n: times[n].ratio / ours.ratio for n in others}, "speed_up_best": {n: times[n].best / ours.best for n in others},
-    }  # fmt: skip
 
 
 def main() -> None:

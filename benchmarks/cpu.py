@@ -40,7 +40,7 @@ PATTERNS = {
     "smollm2 prefill": ["block(4, 1, 0.9)", "unstructured(0.9)"],
 }
 SHAPES = {"bert": ["768x768", "3072x768", "768x3072"], "llama": ["4096x4096", "11008x4096"]}
-CONTESTANTS = ("eager fp32", "compile fp32", "freezing fp32", "eager bf16", "compile bf16", "sparsecc")
+CONTESTANTS = ("eager fp32", "compile fp32", "freezing fp32", "eager bf16", "compile bf16", "sparsecc", "sparsecc bf16")
 COMMA = re.compile(r",\s*(?![^()]*\))")
 """Commas outside parentheses."""
 

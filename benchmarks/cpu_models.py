@@ -30,6 +30,8 @@ from sparsecc.explain import is_sparse
 
 FP32 = ("eager fp32", "compile fp32", "freezing fp32")
 BF16 = ("eager bf16", "compile bf16")
+OURS_BF16 = "sparsecc bf16"
+"""sparsecc on the model in bf16, against the same."""
 CALLS = 3
 """Calls per sample: a model that runs alone finds its own weights in the shared cache, one that takes turns with five others does not."""
 ROUNDS = 7
@@ -150,7 +152,13 @@ def measure(job: Job) -> dict[str, Any]:
     totals = explained.totals()
     row["layers"] = {kind: totals[kind] for kind in ("sparse", "dense")}
     row["dense_because"] = sorted({str(r.reason) for r in explained.regions if not is_sparse(r)})[:5]
-    contestants, row["failed"] = _contestants(case, job.quick)
+    half = copy.deepcopy(case.model).bfloat16()
+    contestants, row["failed"] = _contestants(case, half, job.quick)
+    if not isinstance(case, Decoder) and not job.quick:  # decode in bf16 is cpu_decode's
+        made = case.bind(sparsecc.compile(half, sparsity=sparsity_of(job.model, job.pattern)), half)
+        wanted = case.bind(case.model, case.model)()
+        row["error_bf16"] = {"sparsecc": error(made(), wanted), "torch": error(case.bind(half, half)(), wanted)}
+        contestants[OURS_BF16] = made
     calls = CALLS if _seconds(ours) * CALLS < LONG else 1
     samples = {name: _sample(call, calls) for name, call in {"sparsecc": ours, **contestants}.items()}
     timings = interleaved(samples, job.seconds * len(samples), 2 if job.quick else ROUNDS)
@@ -160,8 +168,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 def summary(timings: dict[str, Timing], calls: int = CALLS) -> dict[str, Any]:
     """Milliseconds a call, the speed-up over each contestant, and over the best of them (None where none ran)."""
-    speedup = {name: t.ratio for name, t in timings.items() if name != "sparsecc"}
-    return {
+    speedup = {name: t.ratio for name, t in timings.items() if name not in ("sparsecc", OURS_BF16)}
+    bf16 = min((speedup[name] for name in BF16 if name in speedup), default=None)
+    more = {} if bf16 is None or OURS_BF16 not in timings else {"bf16_vs_bf16": bf16 / timings[OURS_BF16].ratio}
+    return more | {
         "ms": {name: 1e3 * t.median / calls for name, t in timings.items()},
         "best_ms": {name: 1e3 * t.best / calls for name, t in timings.items()},
         "speedup": speedup,
@@ -170,10 +180,9 @@ def summary(timings: dict[str, Timing], calls: int = CALLS) -> dict[str, Any]:
     }
 
 
-def _contestants(case: Case, quick: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+def _contestants(case: Case, half: Any, quick: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """Dense torch in every form that compiles here, warmed up, and why the others do not run. Forms differ in `options`, since
     Dynamo shares code between models that it cannot tell apart."""
-    half = copy.deepcopy(case.model).bfloat16()
     built: dict[str, Callable[[], Any]] = {}
     failed: dict[str, str] = {}
     for name in FP32[:1] if quick else FP32 + BF16:

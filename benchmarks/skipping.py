@@ -194,8 +194,7 @@ def main() -> None:
         if "ftp" in args.parts:
             rows += prefill(threads, 10 * args.seconds)
         if "cached" in args.parts:
-            for kind in cached.KINDS:
-                rows += cached.measure(*cached.build(kind), threads, 10 * args.seconds)
+            rows += cached.measure(*cached.build(), threads, 10 * args.seconds)
         if "router" in args.parts:
             rows += routing.learned(threads, 10 * args.seconds)
         if "merge" in args.parts:
