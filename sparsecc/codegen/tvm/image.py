@@ -55,20 +55,39 @@ def depthwise_source(spec: WindowSpec, lanes: int) -> str:
             w.opaque("xt", "batch * x_batch + c * x_stride")
             w.opaque("yt", "batch * y_batch + c * y_stride")
             _write_behind(w, lanes, "yt")
-            with w.block(f"for block in range((OH + {ROWS - 1}) // {ROWS}):"):
-                w.opaque("oh", f"block * {ROWS}")
-                w.opaque("ih", f"oh * {spec.stride[0]} - top")
-                with w.block(f"for across in range((OW + {lanes - 1}) // {lanes}):"):
-                    w.opaque("ow", f"across * {lanes}")
-                    _write_rows(w, spec, lanes)
+            taps = spec.kernel[0] * spec.kernel[1]
+            weights = [w.let("weight", splat(f"weight[c * {taps} + {i}]", lanes)) for i in range(taps)]
+            _write_blocks(w, spec, weights, lanes)
     return w.text
 
 
-def _write_rows(w: Writer, spec: WindowSpec, lanes: int) -> None:
-    """ROWS vectors of the result, below each other."""
+def _write_blocks(w: Writer, spec: WindowSpec, weights: list[str], lanes: int) -> None:
+    """Vectors along a row, ROWS of them below each other. With stride 1 those in the middle of the picture, or of its height, ask nothing."""
+    with w.block(f"for block in range((OH + {ROWS - 1}) // {ROWS}):"):
+        w.opaque("oh", f"block * {ROWS}")
+        w.opaque("ih", f"oh * {spec.stride[0]} - top")
+        inside = f"(ih >= 0) and (ih + {(ROWS - 1) * spec.stride[0] + spec.kernel[0]} <= H) and (oh + {ROWS} <= OH)"
+        w.opaque("rows_inside", f"T.if_then_else({inside}, T.int64(1), T.int64(0))")
+        with w.block(f"for across in range((OW + {lanes - 1}) // {lanes}):"):
+            w.opaque("ow", f"across * {lanes}")
+            w.opaque("iw", f"ow * {spec.stride[1]} - left")
+            if spec.stride[1] > 1:
+                _write_rows(w, spec, weights, lanes, masked=True, whole=False)
+                return
+            with w.block(f"if (rows_inside == 1) and (iw >= 0) and (iw + {lanes + spec.kernel[1] - 1} <= W) and (ow + {lanes} <= OW):"):
+                _write_rows(w, spec, weights, lanes, masked=False, whole=True)
+            with w.block("else:"):
+                with w.block("if rows_inside == 1:"):
+                    _write_rows(w, spec, weights, lanes, masked=True, whole=True)
+                with w.block("else:"):
+                    _write_rows(w, spec, weights, lanes, masked=True, whole=False)
+
+
+def _write_rows(w: Writer, spec: WindowSpec, weights: list[str], lanes: int, masked: bool, whole: bool) -> None:
+    """ROWS vectors of the result, below each other. `masked`: some lanes may be outside of the picture; `whole`: no row is."""
     kh, kw = spec.kernel
     step = spec.stride[0]
-    taps = Taps(w, spec, lanes)
+    taps = Taps(w, spec, lanes, masked)
     sums = w.registers("sum", ROWS, 1, lanes)
     for r in range(ROWS):
         w(f"{sums(r, 0)} = {splat('bias[c]', lanes)}")
@@ -76,44 +95,43 @@ def _write_rows(w: Writer, spec: WindowSpec, lanes: int) -> None:
         uses = [(r, row - r * step) for r in range(ROWS) if 0 <= row - r * step < kh]
         if not uses:
             continue
-        with w.block(f"if (ih + {row} >= 0) and (ih + {row} < H):"):
-            w.opaque("at", f"xt + (ih + {row}) * W")
-            for j, x in enumerate(taps.load("at")):
+        with w.block_if(not whole, f"if (ih + {row} >= 0) and (ih + {row} < H):"):
+            at = w.let("at", f"xt + (ih + {row}) * W")
+            for j, x in enumerate(taps.load(at)):
                 for r, i in uses:
-                    weight = splat(f"weight[c * {kh * kw} + {i * kw + j}]", lanes)
-                    w(f"{sums(r, 0)} = {sums(r, 0)} + {weight} * {x}")
-    inside = f"T.ramp(T.Cast('int32', ow), 1, {lanes}) < " + splat("T.Cast('int32', OW)", lanes)
+                    w(f"{sums(r, 0)} = {sums(r, 0)} + {weights[i * kw + j]} * {x}")
+    inside = lanes_between(w, "T.int64(0)", "OW - ow", lanes) if masked else ""
     for r in range(ROWS):
-        with w.block(f"if oh + {r} < OH:"):
+        with w.block_if(not whole, f"if oh + {r} < OH:"):
             result = write_activation(w, spec.epilogue, [sums(r, 0)], lanes)[0] if spec.epilogue else sums(r, 0)
             to = w.let("to", f"yt + (oh + {r}) * OW + ow")
-            with w.block(f"if ow + {lanes} <= OW:"):
-                w(f"{vec('y', to, lanes)} = {result}")
-            with w.block("else:"):
+            if masked:
                 w(f'T.evaluate(T.call_llvm_intrin("void", "llvm.masked.store", {result}, T.address_of(y[{to}]), {inside}))')
+            else:
+                w(f"{vec('y', to, lanes)} = {result}")
 
 
 class Taps:
-    """The vectors of x that a vector of a row of the result needs, one for every column of the window; masks are made once, here."""
+    """The vectors of x that a vector of a row of the result needs, one for every column of the window; masks are made once, here. `iw` is
+    bound, the first one's column."""
 
-    def __init__(self, w: Writer, spec: WindowSpec, lanes: int) -> None:
+    def __init__(self, w: Writer, spec: WindowSpec, lanes: int, masked: bool = True) -> None:
         self.w, self.spec, self.lanes = w, spec, lanes
         step, kw = spec.stride[1], spec.kernel[1]
-        w.opaque("iw", f"ow * {step} - left")
         # With stride 2 the taps of a pair of columns are the even and the odd lanes of the same two vectors.
         starts = range(kw) if step == 1 else [start for at in range(0, kw, 2) for start in (at, at + lanes)]
-        self.masks = {at: self._mask(at) for at in starts}
+        self.masks = {at: self._mask(at) if masked else "" for at in starts}
 
     def _mask(self, at: int) -> str:
-        lanes = self.lanes
-        column = self.w.let("column", f"T.ramp(T.Cast('int32', iw) + {at}, 1, {lanes})")
-        zero, width = (splat(size, lanes) for size in ("T.int32(0)", "T.Cast('int32', W)"))
-        return f"T.And({column} >= {zero}, {column} < {width})"
+        return lanes_between(self.w, f"0 - iw - {at}", f"W - iw - {at}", self.lanes)
+
+    def _vector(self, at: str, mask: str) -> str:
+        return self.w.let("x", masked_load(f"x[{at}]", mask, self.lanes) if mask else vec("x", at, self.lanes))
 
     def load(self, row: str) -> list[str]:
         """Names of the vectors; `row` is where the picture's row begins."""
         w, lanes, kw = self.w, self.lanes, self.spec.kernel[1]
-        loaded = {at: w.let("x", masked_load(f"x[{row} + iw + {at}]", self.masks[at], lanes)) for at in self.masks}
+        loaded = {at: self._vector(f"{row} + iw + {at}", mask) for at, mask in self.masks.items()}
         if self.spec.stride[1] == 1:
             return [loaded[j] for j in range(kw)]
         found = []
@@ -122,6 +140,24 @@ class Taps:
             low, high = loaded[2 * first], loaded[2 * first + lanes]
             found.append(w.let("tap", f"T.Shuffle([{low}, {high}], {[2 * i + odd for i in range(lanes)]})"))
         return found
+
+
+def lanes_between(w: Writer, first: str, end: str, lanes: int) -> str:
+    """A mask of the lanes from `first` up to `end`, both of any value. As bits, where there are enough: LLVM keeps those, but would compare
+    vectors anew wherever it reads a mask."""
+    if lanes != 16:
+        lane = f"T.ramp(T.int32(0), 1, {lanes})"
+        bounds = (splat(f"T.Cast('int32', {w.let('bound', bound)})", lanes) for bound in (first, end))
+        low, high = bounds
+        return f"T.And({lane} >= {low}, {lane} < {high})"
+    return w.let("mask", f'T.reinterpret("uint1x{lanes}", {bits_between(w, first, end, lanes)})')
+
+
+def bits_between(w: Writer, first: str, end: str, lanes: int) -> str:
+    """The same as bits, for 16 lanes."""
+    low, high = (w.let("bound", f"T.max(T.int64(0), T.min(T.int64({lanes}), {bound}))") for bound in (first, end))
+    bits = f"T.max(T.int64(0), T.shift_left(T.int64(1), {high}) - T.shift_left(T.int64(1), {low}))"
+    return w.let("bits", f'T.Cast("uint16", {bits})')
 
 
 def masked_load(element: str, mask: str, lanes: int) -> str:
@@ -159,6 +195,7 @@ def _write_patch_row(w: Writer, spec: WindowSpec, lanes: int) -> None:
         w.opaque("at", "xt + row * W")
         with w.block(f"for across in range((OW + {lanes - 1}) // {lanes}):"):
             w.opaque("ow", f"across * {lanes}")
+            w.opaque("iw", f"ow * {spec.stride[1]} - left")
             for j, x in enumerate(Taps(w, spec, lanes).load("at")):
                 w(f"{vec('y', f'to + {j} * y_stride + ow', lanes)} = {x}")
         return
