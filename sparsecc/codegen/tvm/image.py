@@ -62,7 +62,7 @@ def depthwise_source(spec: WindowSpec, lanes: int) -> str:
 
 
 def _write_blocks(w: Writer, spec: WindowSpec, weights: list[str], lanes: int) -> None:
-    """Vectors along a row, ROWS of them below each other. With stride 1 those in the middle of the picture, or of its height, ask nothing."""
+    """Vectors along a row, ROWS below each other. With stride 1 those in the middle of the picture, or of its height, ask nothing."""
     with w.block(f"for block in range((OH + {ROWS - 1}) // {ROWS}):"):
         w.opaque("oh", f"block * {ROWS}")
         w.opaque("ih", f"oh * {spec.stride[0]} - top")
