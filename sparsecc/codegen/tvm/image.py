@@ -71,10 +71,14 @@ def _write_blocks(w: Writer, spec: WindowSpec, weights: list[str], lanes: int) -
         with w.block(f"for across in range((OW + {lanes - 1}) // {lanes}):"):
             w.opaque("ow", f"across * {lanes}")
             w.opaque("iw", f"ow * {spec.stride[1]} - left")
-            if spec.stride[1] > 1:
-                _write_rows(w, spec, weights, lanes, masked=True, whole=False)
+            across = f"(iw >= 0) and (iw + {reach(spec, lanes)} <= W) and (ow + {lanes} <= OW)"
+            if spec.stride[1] > 1:  # twice the rows: asked one by one, or LLVM loads all of them first, which registers can't hold
+                with w.block(f"if {across}:"):
+                    _write_rows(w, spec, weights, lanes, masked=False, whole=False)
+                with w.block("else:"):
+                    _write_rows(w, spec, weights, lanes, masked=True, whole=False)
                 return
-            with w.block(f"if (rows_inside == 1) and (iw >= 0) and (iw + {lanes + spec.kernel[1] - 1} <= W) and (ow + {lanes} <= OW):"):
+            with w.block(f"if (rows_inside == 1) and {across}:"):
                 _write_rows(w, spec, weights, lanes, masked=False, whole=True)
             with w.block("else:"):
                 with w.block("if rows_inside == 1:"):
@@ -109,6 +113,12 @@ def _write_rows(w: Writer, spec: WindowSpec, weights: list[str], lanes: int, mas
                 w(f'T.evaluate(T.call_llvm_intrin("void", "llvm.masked.store", {result}, T.address_of(y[{to}]), {inside}))')
             else:
                 w(f"{vec('y', to, lanes)} = {result}")
+
+
+def reach(spec: WindowSpec, lanes: int) -> int:
+    """Columns that `Taps` loads for a vector of the result, from `iw` on."""
+    step = spec.stride[1]
+    return (spec.kernel[1] - 1) // step * step + step * lanes
 
 
 class Taps:
