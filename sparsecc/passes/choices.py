@@ -23,7 +23,7 @@ HOPELESS = 2.0
 
 
 def choices(program: Program, problems: Mapping[fx.Node, Problem], context: Context) -> dict[fx.Node, Choice]:
-    """The best for each linear. Raises nothing of its own; `context.attention` and `context.contested` say what became of attention."""
+    """The best for each linear; `context.attention` and `context.contested` say what became of attention."""
     tuner = context.tuner
     assert tuner is not None
     if tuner.between is None:
