@@ -171,9 +171,10 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
     history, context, run = once({})
     if context.contested:
         ours, theirs = (history, context, run), once(dict.fromkeys(context.contested, False))
-        why = _faster(ours[2], theirs[2], example_inputs)
-        history, context, run = theirs if why is None or why.startswith("torch") else ours
-        context.notes += [] if why is None else [f"attention, the whole model timed both ways: {why}"]
+        took = _race({"kernels": ours[2], "torch's": theirs[2]}, example_inputs)
+        history, context, run = ours if took and took["kernels"] <= took["torch's"] else theirs
+        figures = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in took.items())
+        context.notes += [f"attention, the whole model timed both ways: {figures}"] * bool(took)
         texts.clear()
         for step in history.steps:
             dump(step)
@@ -191,13 +192,11 @@ def build(program: Program, example_inputs: Sequence[Any], options: Options) -> 
     return Built(run, history, explanation(history, options, notes))
 
 
-def _faster(ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Sequence[Any]) -> str | None:
-    """"torch's ..." or "kernels ...", with the times; None for inputs that stand for others and can't be run."""
+def _race(runs: Mapping[str, Callable[..., Any]], inputs: Sequence[Any]) -> dict[str, float]:
+    """Seconds of each; nothing for inputs that stand for others and can't be run."""
     if any(isinstance(value, FakeTensor | torch.SymInt) for value in inputs):
-        return None
-    times = undisturbed({"kernels": partial(ours, *inputs), "torch's": partial(theirs, *inputs)}, RACE)
-    first, second = sorted(times, key=lambda name: times[name].ratio)
-    return f"{first} {1e3 * times[first].median:.2f} ms, {second} {1e3 * times[second].median:.2f} ms"
+        return {}
+    return {name: timing.median for name, timing in undisturbed({n: partial(run, *inputs) for n, run in runs.items()}, RACE).items()}
 
 
 def _runner(program: Program, options: Options, tuner: Any) -> Callable[..., Sequence[Any]]:

@@ -50,7 +50,8 @@ def test_received_of_other_dtypes_of_nothing_and_of_nan() -> None:
 def test_route(outputs: int, B: int, S: int) -> None:
     """Ranks are exact, ties and all: an error of one would show."""
     some = weights(outputs)
-    for importance in (torch.rand(B, S), torch.randint(0, 5, (B, S)) / 7 - 0.3, torch.zeros(B, S) * -1.0):
+    signed = torch.zeros(B, S) * torch.randn(B, S).sign()  # -0.0 ties with 0.0
+    for importance in (torch.rand(B, S), torch.randint(0, 5, (B, S)) / 7 - 0.3, signed):
         for mask in (None, (torch.arange(S) < torch.randint(1, S + 1, (B, 1)))[:, None, None], torch.zeros(B, 1, 1, S).bool()):
             got, want = RouteKernel(BACKEND)(importance, mask, 0.3, some), route(importance, mask, 0.3, some)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

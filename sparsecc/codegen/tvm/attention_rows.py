@@ -52,10 +52,10 @@ def attention_rows_source(D: int, hides: str, dtype: str, lanes: int) -> str:
 
 
 def _write_query(w: Writer, D: int, mask: bool, dtype: str, lanes: int) -> None:
-    pieces = _pieces(D, lanes)
+    parts_of_head = pieces(D, lanes)
     for name, size in (("q1", D), ("out", D), ("p", BLOCK), ("top", 1), ("sum", 1), ("fade", 1)):
         w(f'{name} = T.alloc_buffer(({size},), "float32", scope="global")')
-    for at, size in pieces:
+    for at, size in parts_of_head:
         w(f"{vec('q1', at, size)} = {load('q', dtype, f'qt + {at}', size)} * {splat('scale[0]', size)}")
         w(f"{vec('out', at, size)} = {splat('T.float32(0)', size)}")
     w(f"top[0] = {NONE}")
@@ -66,7 +66,7 @@ def _write_query(w: Writer, D: int, mask: bool, dtype: str, lanes: int) -> None:
         w("fade[0] = top[0]")
         with w.block("for j in range(count):"):
             parts = []
-            for at, size in pieces:
+            for at, size in parts_of_head:
                 products = f"{vec('q1', at, size)} * {load('k', dtype, f'kt + (key + j) * k_token + {at}', size)}"
                 if size == lanes and parts and parts[0][1] == lanes:
                     parts[0] = (w.let("dot", f"{parts[0][0]} + {products}"), size)
@@ -89,19 +89,19 @@ def _write_query(w: Writer, D: int, mask: bool, dtype: str, lanes: int) -> None:
             value = write_exp(w, [f"{vec('p', f'j * {lanes}', lanes)} - {splat(highest, lanes)}"], lanes)[0]
             w(f"{vec('p', f'j * {lanes}', lanes)} = {value}")
             w(f"sum[0] = sum[0] + {total(w, value, lanes)}")
-        for at, size in pieces:
+        for at, size in parts_of_head:
             w(f"{vec('out', at, size)} = {vec('out', at, size)} * {splat('fade[0]', size)}")
         with w.block("for j in range(count):"):
-            for at, size in pieces:
+            for at, size in parts_of_head:
                 value = load("v", dtype, f"vt + (key + j) * v_token + {at}", size)
                 w(f"{vec('out', at, size)} = {vec('out', at, size)} + {splat('p[j]', size)} * {value}")
     share = w.let("share", "T.if_then_else(sum[0] == T.float32(0), T.float32(0), T.float32(1) / sum[0])")
-    for at, size in pieces:
+    for at, size in parts_of_head:
         result = store(w, f"{vec('out', at, size)} * {splat(share, size)}", dtype, size)
         w(f"{vec('y', f'row * {D} + {at}', size)} = {result}")
 
 
-def _pieces(D: int, lanes: int) -> list[tuple[int, int]]:
+def pieces(D: int, lanes: int) -> list[tuple[int, int]]:
     """(offset, lanes) of D features: whole vectors, then powers of two."""
     found, at = [], 0
     while at < D:

@@ -20,6 +20,8 @@ ROWS = 7
 """Rows of the result that a step computes: an input row is loaded once for all of them, and most pictures have a multiple of 7."""
 GROUP = 8
 """Planes per task."""
+FEW_TAPS = 9
+"""Weights that stay in registers, beside the sums."""
 
 _SIZES = ("H", "W", "OH", "OW", "top", "left")
 DEPTHWISE_INTS = ("B", "C", *_SIZES, "x_stride", "x_batch", "y_stride", "y_batch")
@@ -56,13 +58,16 @@ def depthwise_source(spec: WindowSpec, lanes: int) -> str:
             w.opaque("yt", "batch * y_batch + c * y_stride")
             _write_behind(w, lanes, "yt")
             taps = spec.kernel[0] * spec.kernel[1]
-            weights = [w.let("weight", splat(f"weight[c * {taps} + {i}]", lanes)) for i in range(taps)]
+            weights = [splat(f"weight[c * {taps} + {i}]", lanes) for i in range(taps)]
+            if taps <= FEW_TAPS:
+                weights = [w.let("weight", weight) for weight in weights]
             _write_blocks(w, spec, weights, lanes)
     return w.text
 
 
 def _write_blocks(w: Writer, spec: WindowSpec, weights: list[str], lanes: int) -> None:
-    """Vectors along a row, ROWS below each other. With stride 1 those in the middle of the picture, or of its height, ask nothing."""
+    """Vectors along a row, ROWS below each other. Of few taps those in the middle of the picture, or of its height, ask nothing. Of
+    more, or of two rows of the picture for every one of the result, LLVM would load all first, which registers can't hold."""
     with w.block(f"for block in range((OH + {ROWS - 1}) // {ROWS}):"):
         w.opaque("oh", f"block * {ROWS}")
         w.opaque("ih", f"oh * {spec.stride[0]} - top")
@@ -72,7 +77,7 @@ def _write_blocks(w: Writer, spec: WindowSpec, weights: list[str], lanes: int) -
             w.opaque("ow", f"across * {lanes}")
             w.opaque("iw", f"ow * {spec.stride[1]} - left")
             across = f"(iw >= 0) and (iw + {reach(spec, lanes)} <= W) and (ow + {lanes} <= OW)"
-            if spec.stride[1] > 1:  # twice the rows: asked one by one, or LLVM loads all of them first, which registers can't hold
+            if spec.stride[0] > 1 or len(weights) > FEW_TAPS:
                 with w.block(f"if {across}:"):
                     _write_rows(w, spec, weights, lanes, masked=False, whole=False)
                 with w.block("else:"):

@@ -11,6 +11,7 @@ As torch operations they are some forty of a few microseconds each, more than th
 from __future__ import annotations
 
 from sparsecc.codegen.tvm.activation import write_exp, write_sigmoid
+from sparsecc.codegen.tvm.attention_rows import pieces
 from sparsecc.codegen.tvm.entries import STORED, load
 from sparsecc.codegen.tvm.streams import total
 from sparsecc.codegen.tvm.writer import Writer, splat, vec
@@ -68,15 +69,13 @@ def _write_dots(w: Writer, D: int, dtype: str, lanes: int) -> None:
     """A token after the other, features in the lanes."""
     with w.block("for token in range(tokens):"):
         w.opaque("row", "kt + token * k_stride")
-        parts, at = [], 0
-        while at < D:
-            size = next(n for n in (lanes, lanes // 2, lanes // 4, 2, 1) if n and at + n <= D)
+        parts = []
+        for at, size in pieces(D, lanes):
             product = f"{vec('query', at, size)} * {load('k', dtype, f'row + {at}', size)}"
             if parts and parts[0][1] == size:
                 parts[0] = (w.let("dot", f"{parts[0][0]} + {product}"), size)
             else:
                 parts.append((w.let("dot", product), size))
-            at += size
         w(f"work[to + token] = {' + '.join(total(w, value, size) for value, size in parts)}")
 
 
@@ -154,7 +153,8 @@ def route_source(hidden: int, outputs: int, lanes: int) -> str:
                 w(f"room[values + s] = {value}")
                 w('room[places + s] = T.Cast("float32", real[0])')
                 w(f"real[0] = real[0] + T.if_then_else({value} == {NONE}, T.int64(0), T.int64(1))")
-                bits = w.let("bits", f'T.reinterpret("int32", {value} + T.float32(0))')  # -0.0 is 0.0
+                zero = f"{value} == T.float32(0)"  # -0.0, too: they are tied
+                bits = w.let("bits", f'T.if_then_else({zero}, T.int32(0), T.reinterpret("int32", {value}))')
                 flipped = f"T.bitwise_or(T.shift_right({bits}, T.int32(31)), T.int32(-2147483648))"
                 w(f"ints[keys_a + s] = T.bitwise_not(T.bitwise_xor({bits}, {flipped}))")  # ascending, as if unsigned: the largest first
                 w('ints[at_a + s] = T.Cast("int32", s)')
