@@ -21,7 +21,7 @@ from sparsecc.errors import SpecError, TargetError
 from sparsecc.explain import Explanation
 from sparsecc.ir.conditional_ops import THROUGH
 from sparsecc.ir.core_ops import CORE_TOKENS, PROMPT, RELEASED
-from sparsecc.ir.image_ops import DEPTHWISE
+from sparsecc.ir.image_ops import WEIGHTED
 from sparsecc.ir.merge_ops import MERGE
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import NOTES, Program
@@ -219,7 +219,7 @@ def explanation(history: History, options: Options, notes: Mapping[str, Any]) ->
     """The regions as they stood before lowering, which returns dense ones to ATen. `notes` go into the header."""
     steps = [step for step in history.steps if step.name != "lower"]
     program = steps[-1].program
-    shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, DEPTHWISE) and n.name in program.regions)]
+    shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, *WEIGHTED) and n.name in program.regions)]
     regions = [program.region(node) for node in shown]
     regions += [program.regions[node.name] for node in program.graph.nodes if node.target in RUN_TIME and node.name in program.regions]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}

@@ -28,6 +28,8 @@ def node_flops(program: Program, node: fx.Node) -> int:
             return 2 * math.prod(shape(node)) * shape(node.args[1])[-1]
         case "conv1d" | "conv2d" | "conv3d" | "convolution":
             return 2 * math.prod(shape(node)) * math.prod(shape(node.args[1])[1:])
+        case "depthwise" | "direct":
+            return 2 * math.prod(shape(node)) * math.prod(shape(node.args[1])[1:])
         case "matmul" | "mm" | "bmm":
             return 2 * math.prod(shape(node)) * shape(node.args[0])[-1]
         case "addmm" | "baddbmm":

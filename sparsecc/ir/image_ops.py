@@ -1,6 +1,7 @@
 """Pictures in the dialect: sequences of H x W tokens, row by row, so that a 1 x 1 convolution is a linear.
 
     depthwise(x, weight, bias)     a window of its own for every channel       x [B, H * W, C] -> [B, OH * OW, C]
+    direct(x, weight, bias)        a window over all channels, which are few   x [B, H * W, C] -> [B, OH * OW, N]
     patches(x)                     all pixels that a window sees, as features  x [B, H * W, C] -> [B, OH * OW, C * kh * kw]
     pool(x)                        the mean over the pixels                    x [B, S, C] -> [B, C]
 
@@ -53,6 +54,27 @@ def depthwise_fake(
     return empty_output(x.new_empty((x.shape[0], OH * OW, 1)), x.shape[-1], "token")
 
 
+def direct(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str,
+) -> Tensor:
+    """weight [N, C, kh, kw], bias [N]; `epilogue` is a key of `ACTIVATIONS`."""
+    fn: Any = KERNELS.get(kernel)
+    if fn is not None:
+        return fn(x, weight, bias, size, window, pads)
+    y = ACTIVATIONS[epilogue].fn(F.conv2d(padded_picture(x, size, pads), weight, bias, window[2:])).flatten(2).transpose(1, 2)
+    return empty_output(y, y.shape[-1], "token").copy_(y)
+
+
+def direct_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str,
+) -> Tensor:
+    """Shape, dtype and strides of the result."""
+    OH, OW = out_size(size, window, pads)
+    return empty_output(x.new_empty((x.shape[0], OH * OW, 1)), weight.shape[0], "token")
+
+
 def patches(x: Tensor, size: Sequence[int], window: Sequence[int], pads: Sequence[int], kernel: str) -> Tensor:
     """Features in the order of a convolution's weight: channel, row, column."""
     fn: Any = KERNELS.get(kernel)
@@ -81,9 +103,13 @@ def pool_fake(x: Tensor, kernel: str) -> Tensor:
 
 _WHERE = "SymInt[] size, int[] window, int[] pads"
 DEPTHWISE = define("depthwise", f"Tensor x, Tensor weight, Tensor? bias, {_WHERE}, str epilogue", depthwise, depthwise_fake)
+DIRECT = define("direct", f"Tensor x, Tensor weight, Tensor? bias, {_WHERE}, str epilogue", direct, direct_fake)
 PATCHES = define("patches", f"Tensor x, {_WHERE}", patches, patches_fake)
 POOL = define("pool", "Tensor x", pool, pool_fake)
 """The overloads that stand in graphs."""
 
-IMAGE_MEANINGS: dict[Any, Any] = {DEPTHWISE: depthwise, PATCHES: patches, POOL: pool}
+WEIGHTED = (DEPTHWISE, DIRECT)
+"""Those with a weight of their own; their arguments are the same."""
+
+IMAGE_MEANINGS: dict[Any, Any] = {DEPTHWISE: depthwise, DIRECT: direct, PATCHES: patches, POOL: pool}
 """What to call without the dispatcher."""

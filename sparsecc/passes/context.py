@@ -194,8 +194,13 @@ class Between(Protocol):
         """Key and code of `sparsecc.depthwise`, or `sparsecc.patches`."""
         ...
 
-    def depthwise_times(self, picture: Picture, epilogue: str) -> tuple[float | None, float | None]:
-        """Microseconds of that code and of torch's convolution, if they were measured."""
+    def direct(self, channels: int, OW: int, window: Sequence[int], epilogue: str) -> tuple[str, Any]:
+        """Key and code of `sparsecc.direct`."""
+        ...
+
+    def window_times(self, picture: Picture, outputs: int | None, epilogue: str) -> tuple[float | None, float | None]:
+        """Microseconds of `sparsecc.direct`, of `sparsecc.depthwise` if `outputs` is None, and of torch's convolution, if they were
+        measured."""
         ...
 
     def pool(self) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
     y = convolution(x, w [N, C, 1, 1], b)        -->  y = linear(x', [w [N, C]], b)            x' [B, H * W, C] = transpose(reshape(x))
     y = convolution(x, w [N, C, kh, kw], b)      -->  y = linear(patches(x'), [w [N, C * kh * kw]], b)
+                                                      y = direct(x', w, b), of few channels and without zeros
     y = convolution(x, w [C, 1, kh, kw], b, groups=C)   -->  y = depthwise(x', w, b)
     y = mean(x, [2, 3]);  relu6(x);  x + y       -->  pool(x');  relu6(x');  x' + y'
     y = convolution(pad(x, ...), ...)            -->  the pads of the op
@@ -11,6 +12,7 @@ is what such ops connect; it is converted if one of its convolutions has zeros t
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,7 @@ from torch.fx.node import map_arg
 
 from sparsecc.formats import ANY, Pattern
 from sparsecc.ir.effects import mutates
-from sparsecc.ir.image_ops import DEPTHWISE, PATCHES, POOL
+from sparsecc.ir.image_ops import DEPTHWISE, DIRECT, PATCHES, POOL
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
 from sparsecc.ir.types import TensorType
@@ -36,7 +38,9 @@ from sparsecc.spec import SparsitySpec
 aten = torch.ops.aten
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 WIDEST = 2
-"""The largest horizontal stride of a depthwise window that kernels have."""
+"""The largest horizontal stride of a window that kernels have."""
+FEW_TAPS = 32
+"""Pixels that a window sees, of all channels, up to which making patches would cost as much as the products."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,13 @@ class _Sequences:
             y = call(DEPTHWISE, (x, const, conv.bias, size, window, list(pads), "", ""))
             program.regions[y.name] = region
             return y
-        if window != [1, 1, 1, 1] or any(pads):
+        moves = window != [1, 1, 1, 1] or any(pads)
+        if moves and pattern == ANY and math.prod(conv.weight.shape[1:]) <= FEW_TAPS and conv.stride[1] <= WIDEST:
+            const = program.add_const(name, conv.weight.detach().contiguous(), name)
+            y = call(DIRECT, (x, const, conv.bias, size, window, list(pads), "", ""))
+            program.regions[y.name] = region
+            return y
+        if moves:
             x = call(PATCHES, (x, size, window, list(pads), ""))
         matrix = conv.matrix().contiguous()
         const = program.add_const(name, matrix, name)

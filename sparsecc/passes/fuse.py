@@ -24,7 +24,7 @@ from torch import fx
 
 from sparsecc.formats import ANY, Block, Cols, Pattern
 from sparsecc.ir.effects import mutates
-from sparsecc.ir.image_ops import DEPTHWISE
+from sparsecc.ir.image_ops import WEIGHTED
 from sparsecc.ir.infer import same_shape
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program, Region, Rule
@@ -83,7 +83,7 @@ def _activation(program: Program, node: fx.Node) -> fx.Node | None:
     """gelu(linear(...)) --> linear(..., epilogue="gelu"); it stays where the linear is, so no read moves"""
     source = node.args[0] if node.args else node.kwargs.get("input")
     name, view = activation_name(node), _single(source)
-    if name is not None and isinstance(source, fx.Node) and source.target is DEPTHWISE and len(source.users) == 1 and not source.args[6]:
+    if name is not None and isinstance(source, fx.Node) and source.target in WEIGHTED and len(source.users) == 1 and not source.args[6]:
         source.update_arg(6, name)
         return source
     if view is None or view.epilogue or name is None:

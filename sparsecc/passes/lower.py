@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsecc.ir.image_ops import DEPTHWISE, PATCHES, POOL
+from sparsecc.ir.image_ops import DEPTHWISE, DIRECT, PATCHES, POOL, out_size
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR
 from sparsecc.ir.program import LinearView, Program
@@ -78,6 +78,7 @@ BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
     TOKENS: lambda between, node: between.tokens(),
     MASK_TILES: lambda between, node: between.mask_tiles(hides(node.args[0]) == "rows"),
     DEPTHWISE: lambda between, node: between.window("depthwise", node.args[4], node.args[6]),
+    DIRECT: lambda between, node: between.direct(value_of(node.args[1]).shape[1], out_size(*node.args[3:6])[1], node.args[4], node.args[6]),
     PATCHES: lambda between, node: between.window("patches", node.args[2], ""),
     POOL: lambda between, node: between.pool(),
     RECEIVED: lambda between, node: between.received(),

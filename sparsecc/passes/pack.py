@@ -19,7 +19,7 @@ from sparsecc.codegen.kernel import FEW
 from sparsecc.formats import ANY, NM, Bitmap, Block, Compressed, Dense, Format, Panels, Pattern, Sell, Shared
 from sparsecc.formats.codec import Raw
 from sparsecc.formats.level import NM as NMLevel
-from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
+from sparsecc.ir.image_ops import PATCHES, WEIGHTED
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import LINEAR
 from sparsecc.ir.program import LinearView, Program, Region
@@ -115,7 +115,7 @@ def picture_of(view: LinearView) -> Picture | None:
 
 def of_pictures(node: fx.Node) -> bool:
     """Whether a value is a sequence of pixels, which its neighbours want token-minor."""
-    if node.target in (DEPTHWISE, PATCHES):
+    if node.target in (*WEIGHTED, PATCHES):
         return True
     if is_entry(node):
         return True

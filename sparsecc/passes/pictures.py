@@ -2,8 +2,8 @@
 
     y = depthwise(linear(x', [..], b, epilogue="relu"), w, b)   -->  y' = convolution(relu(convolution(x, w, b)), w, b, groups=C)
 
-Each convolution was measured against torch's when it was packed, each depthwise window is here. One alone cannot go back, since that would
-cost two changes of layout; so the sums over everything that is connected decide.
+Each convolution was measured against torch's when it was packed, each window that no linear follows is here. One alone cannot go back,
+since that would cost two changes of layout; so the sums over everything that is connected decide.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS, PATCHES, POOL
+from sparsecc.ir.image_ops import DEPTHWISE, IMAGE_MEANINGS, PATCHES, POOL, WEIGHTED
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import LINEAR, term_weight
 from sparsecc.ir.program import LinearView, Program
@@ -61,10 +61,11 @@ def _times(program: Program, cluster: Sequence[fx.Node], tuner: Tuner) -> tuple[
         if node.target is LINEAR:
             more = program.region(node).more if picture_of(LinearView(node)) is not None else {}
             found = more.get("measured_us"), more.get("dense_us")
-        elif node.target is DEPTHWISE and tuner.between is not None:
+        elif node.target in WEIGHTED and tuner.between is not None:
             B, _, C = (size if isinstance(size, int) else int(size.node.hint or 1) for size in value_of(node.args[0]).shape)  # type: ignore[arg-type]
             size, window, pads = (tuple(part) for part in node.args[3:6])  # type: ignore[arg-type]
-            found = tuner.between.depthwise_times(Picture(B, C, size, window, pads), str(node.args[6]))
+            outputs = None if node.target is DEPTHWISE else int(value_of(node).shape[2])
+            found = tuner.between.window_times(Picture(B, C, size, window, pads), outputs, str(node.args[6]))  # type: ignore[arg-type]
             if None not in found and node.name in program.regions:
                 program.regions[node.name].more |= {"measured_us": found[0], "dense_us": found[1]}
         if None in found:
@@ -115,10 +116,12 @@ class _Pictures:
             self.picture(node.args[0], node.args[1])  # type: ignore[arg-type]
         elif node.target is POOL:
             self.of[node] = call(aten.mean.dim, (self.picture(node.args[0]), [2, 3]))  # type: ignore[arg-type]
-        elif node.target is DEPTHWISE:
+        elif node.target in WEIGHTED:
             x, weight, bias, size, window, pads, epilogue, _ = node.args
-            const = self.program.const(weight)[:, None].contiguous()  # type: ignore[arg-type]
-            self.of[node] = self._convolution(node, x, const, bias, size, window, pads, const.shape[0], epilogue)
+            const, groups = self.program.const(weight), 1  # type: ignore[arg-type]
+            if node.target is DEPTHWISE:
+                const, groups = const[:, None], len(const)
+            self.of[node] = self._convolution(node, x, const, bias, size, window, pads, groups, epilogue)
         elif node.target is LINEAR:
             view = LinearView(node)
             x, size, window, pads = (view.x, None, (1, 1, 1, 1), (0, 0, 0, 0)) if view.x.target is not PATCHES else view.x.args[:4]
@@ -137,7 +140,7 @@ class _Pictures:
         picture = self.picture(x, size)
         if (top, left) != (bottom, right):
             picture, top, left = call(aten.constant_pad_nd.default, (picture, [left, right, top, bottom])), 0, 0
-        name = self.program.weight_name(node.args[1] if node.target is DEPTHWISE else LinearView(node).params[0])  # type: ignore[arg-type]
+        name = self.program.weight_name(node.args[1] if node.target in WEIGHTED else LinearView(node).params[0])  # type: ignore[arg-type]
         const = self.program.add_const(name, weight.contiguous(), name)
         y = call(aten.convolution.default, (picture, const, bias, list(window[2:]), [top, left], [1, 1], False, [0, 0], groups))
         if node.name in self.program.regions:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from sparsecc.ir.image_ops import DEPTHWISE, PATCHES
+from sparsecc.ir.image_ops import PATCHES, WEIGHTED
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.ops import KERNELS, LINEAR, TOKEN_TILE
 from sparsecc.runtime.record import Recorder
@@ -31,7 +31,7 @@ BUDGET = 768 << 10
 TWICE = 0.15
 """Share of the work that may be done twice, where bands overlap."""
 
-WINDOWS = (DEPTHWISE, PATCHES)
+WINDOWS = (*WEIGHTED, PATCHES)
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,16 @@ class Step:
     features: tuple[int, int]
 
     @property
+    def size_at(self) -> int:
+        """Where a window's arguments begin."""
+        return size_at(self.node)
+
+    @property
     def window(self) -> tuple[int, int, int]:
         """Kernel, stride and upper pad, vertically."""
         if self.node.target is LINEAR:
             return 1, 1, 0
-        window, pads = self.node.args[2 if self.node.target is PATCHES else 4], self.node.args[3 if self.node.target is PATCHES else 5]
+        window, pads = self.node.args[1 + self.size_at], self.node.args[2 + self.size_at]
         return window[0], window[2], pads[0]  # type: ignore[index,return-value]
 
     def rows(self, first: int, end: int) -> tuple[int, int]:
@@ -71,10 +76,15 @@ class Step:
             return fn(x, args[1], args[2], res)
         begin, stop = self.rows(first, end)
         kernel, stride, top = self.window
-        window, (_, left, _, right) = args[-4 if self.node.target is DEPTHWISE else -3], args[-3 if self.node.target is DEPTHWISE else -2]
+        window, (_, left, _, right) = args[1 + self.size_at], args[2 + self.size_at]
         pads = (top - first * stride + begin, left, (end - 1) * stride - top + kernel - stop, right)
         size = (stop - begin, self.width)
         return fn(x, size, window, pads) if self.node.target is PATCHES else fn(x, args[1], args[2], size, window, pads)
+
+
+def size_at(node: fx.Node) -> int:
+    """Where the size stands among the arguments of a window; window and pads follow."""
+    return 1 if node.target is PATCHES else 3
 
 
 def whole(width: int) -> int:
@@ -178,13 +188,13 @@ def _band(chain: Sequence[fx.Node]) -> Band | None:
     known = next((i for i, node in enumerate(chain) if node.target in WINDOWS), None)
     if known is None or len(chain) < 2:
         return None
-    size: tuple[int, int] = tuple(chain[known].args[1 if chain[known].target is PATCHES else 3])  # type: ignore[assignment]
+    size: tuple[int, int] = tuple(chain[known].args[size_at(chain[known])])  # type: ignore[assignment]
     steps = []
     for node in chain:
         x, (height, width) = node.args[0], size
         if node.target in WINDOWS:
             pixels = int(value_of(node).shape[1])
-            at = 1 if node.target is PATCHES else 3
+            at = size_at(node)
             size = tuple(node.args[at])  # type: ignore[assignment]
             height, width = size
             window, pads = node.args[at + 1], node.args[at + 2]

@@ -142,14 +142,16 @@ class PictureCall(Call):
         return y if res is None else y + res
 
 
-class DepthwiseCall:
-    """A window for every channel, as torch runs it on channels-last pictures, and as a kernel does on planes."""
+class WindowCall:
+    """A window with `outputs`, or, if None, one for every channel: as torch runs it on channels-last pictures, and as a kernel does on
+    planes."""
 
-    def __init__(self, picture: Picture, epilogue: str) -> None:
+    def __init__(self, picture: Picture, outputs: int | None, epilogue: str) -> None:
         self.picture, self.epilogue, random = picture, epilogue, torch.Generator().manual_seed(0)
         B, C = max(1, min(picture.B, torch.get_num_threads())), picture.channels
-        self.x, self.bias = torch.randn(B, C, *picture.size, generator=random), torch.randn(C, generator=random)
-        self.weight = torch.randn(C, *picture.window[:2], generator=random)
+        self.direct, shape = outputs is not None, (C,) if outputs is None else (outputs, C)
+        self.x, self.bias = torch.randn(B, C, *picture.size, generator=random), torch.randn(shape[0], generator=random)
+        self.weight = torch.randn(*shape, *picture.window[:2], generator=random)
 
     def dense(self) -> Callable[[], Tensor]:
         """torch's own code."""
@@ -159,7 +161,10 @@ class DepthwiseCall:
     def candidate(self, tuner: Any) -> Callable[[], Tensor]:
         """The kernel."""
         p, x = self.picture, _pixels(self.x)
-        _, kernel = tuner.window("depthwise", p.window, self.epilogue)
+        if self.direct:
+            _, kernel = tuner.direct(p.channels, out_size(p.size, p.window, p.pads)[1], p.window, self.epilogue)
+        else:
+            _, kernel = tuner.window("depthwise", p.window, self.epilogue)
         return lambda: kernel(x, self.weight, self.bias, p.size, p.window, p.pads)
 
     def reference(self) -> Tensor:
@@ -167,7 +172,8 @@ class DepthwiseCall:
         return self._convolution(self.x.double(), self.weight.double(), self.bias.double()).flatten(2).transpose(1, 2)
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ACTIVATIONS[self.epilogue].fn(_convolution(self.picture, x, weight[:, None], bias, len(bias)))
+        weight = weight if self.direct else weight[:, None]
+        return ACTIVATIONS[self.epilogue].fn(_convolution(self.picture, x, weight, bias, 1 if self.direct else len(bias)))
 
 
 def _convolution(picture: Picture, x: Tensor, kernel: Tensor, bias: Tensor, groups: int = 1) -> Tensor:

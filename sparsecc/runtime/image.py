@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_void_p
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsecc.codegen.tvm.backend import TvmBackend
+from sparsecc.codegen.tvm.direct import DirectSpec, direct_source
 from sparsecc.codegen.tvm.image import WindowSpec, depthwise_source, patches_source, pool_source
 from sparsecc.ir.image_ops import out_size
 from sparsecc.ir.ops import token_storage
@@ -45,6 +47,38 @@ class DepthwiseKernel(TokenKernel):
         return y
 
 
+class DirectKernel(TokenKernel):
+    """fn(x [B, H * W, C], weight [N, C, kh, kw], bias [N], size, window, pads) -> token-minor [B, OH * OW, N], in float32. x may have any
+    strides."""
+
+    def __init__(self, backend: TvmBackend, spec: DirectSpec) -> None:
+        super().__init__(backend)
+        self.spec = spec
+
+    def source(self, tokens: int = 0) -> str:
+        return direct_source(self.spec, self.backend.isa.lanes)
+
+    @cached_property
+    def by_pixels(self) -> Any:
+        """For pictures whose channels are next to each other."""
+        spec = replace(self.spec, window=replace(self.spec.window, planes=False))
+        return self.backend.load(direct_source(spec, self.backend.isa.lanes))
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], window: Sequence[int], pads: Sequence[int]
+    ) -> Tensor:
+        _plain_planes(x)
+        B, N, (OH, OW) = x.shape[0], len(weight), out_size(size, window, pads)
+        y = token_output(N, (B, OH * OW))
+        if y.numel() == 0:
+            return y
+        t, to = sequences(x), sequences(y)
+        code = self.code if t.by_token == 1 else self.by_pixels
+        addresses = (c_void_p(p.data_ptr()) for p in (t.tensor, y, weight, _zeros(N) if bias is None else bias))
+        make_call(code, *addresses, B, N, *size, OH, OW, *pads[:2], t.by_feature, t.by_batch, t.by_token, to.by_feature, to.by_batch)
+        return y
+
+
 class PatchesKernel(TokenKernel):
     """fn(x [B, H * W, C], size, window, pads) -> token-minor [B, OH * OW, C * kh * kw], in float32. x may have any strides."""
 
@@ -58,8 +92,7 @@ class PatchesKernel(TokenKernel):
     @cached_property
     def by_pixels(self) -> Any:
         """For pictures whose channels are next to each other."""
-        spec = WindowSpec("patches", self.spec.kernel, self.spec.stride, planes=False)
-        return self.backend.load(patches_source(spec, self.backend.isa.lanes))
+        return self.backend.load(patches_source(replace(self.spec, planes=False), self.backend.isa.lanes))
 
     def __call__(self, x: Tensor, size: Sequence[int], window: Sequence[int], pads: Sequence[int]) -> Tensor:
         _plain_planes(x)

@@ -18,6 +18,7 @@ from sparsecc.autotune.search import OUT_OF_TIME, Candidate, Effort, Result, con
 from sparsecc.codegen.config import from_text, to_text
 from sparsecc.codegen.kernel import KernelSpec, Regime
 from sparsecc.codegen.tvm.backend import CpuConfig, TvmBackend, source_hash
+from sparsecc.codegen.tvm.direct import DirectSpec, direct_tile
 from sparsecc.codegen.tvm.half import dot_of
 from sparsecc.codegen.tvm.image import WindowSpec
 from sparsecc.codegen.tvm.spmv import GROUP
@@ -40,8 +41,8 @@ from sparsecc.runtime.between import (
     TilesKernel,
     TokensKernel,
 )  # fmt: skip
-from sparsecc.runtime.calls import Call, DepthwiseCall, PictureCall
-from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
+from sparsecc.runtime.calls import Call, PictureCall, WindowCall
+from sparsecc.runtime.image import DepthwiseKernel, DirectKernel, PatchesKernel, PoolKernel
 from sparsecc.runtime.launch import LinearKernel
 from sparsecc.runtime.neuron_tuner import CpuNeurons
 from sparsecc.runtime.remainder import undisturbed
@@ -169,15 +170,21 @@ class CpuTuner:
         spec = WindowSpec(kind, (window[0], window[1]), (window[2], window[3]), epilogue)
         return self._named(spec), (DepthwiseKernel if kind == "depthwise" else PatchesKernel)(self.backend, spec)
 
-    def depthwise_times(self, picture: Picture, epilogue: str) -> tuple[float | None, float | None]:
+    def direct(self, channels: int, OW: int, window: Sequence[int], epilogue: str) -> tuple[str, DirectKernel]:
+        """The key that stands in the program, and the kernel."""
+        tile = direct_tile(OW, self.backend.isa.lanes, self.backend.isa.registers)
+        spec = DirectSpec(WindowSpec("direct", (window[0], window[1]), (window[2], window[3]), epilogue), channels, tile)
+        return self._named(spec), DirectKernel(self.backend, spec)
+
+    def window_times(self, picture: Picture, outputs: int | None, epilogue: str) -> tuple[float | None, float | None]:
         """Microseconds of the kernel and of torch's, from the cache if this was measured before; None where nothing is."""
         if self.effort == "none":
             return None, None
         machine = f"{self.backend.isa} {torch.get_num_threads()} threads torch {torch.__version__} {source_hash()}"
-        key = f"depthwise {picture} {epilogue} {hashlib.sha256(machine.encode()).hexdigest()[:16]}"
+        key = f"window {picture} {outputs} {epilogue} {hashlib.sha256(machine.encode()).hexdigest()[:16]}"
         found = self.cache.get(key)
         if found is None:
-            call = DepthwiseCall(picture, epilogue)
+            call = WindowCall(picture, outputs, epilogue)
             entrant = Candidate("planes", 0.0, lambda: call.candidate(self))
             dense = Candidate("dense", 1.0, call.dense)
             results = contest(dense, [entrant], call.reference, TOLERANCE, self.effort, self._deadline, race=undisturbed)

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecc.codegen.tvm.backend import TvmBackend
+from sparsecc.codegen.tvm.direct import DirectSpec, direct_tile
 from sparsecc.codegen.tvm.image import WindowSpec
 from sparsecc.errors import TargetError
 from sparsecc.ir import image_ops
 from sparsecc.ir.ops import ACTIVATIONS, empty_output
-from sparsecc.runtime.image import DepthwiseKernel, PatchesKernel, PoolKernel
+from sparsecc.runtime.image import DepthwiseKernel, DirectKernel, PatchesKernel, PoolKernel
 
 TOLERANCE = 1e-5
 WINDOWS = [  # B, C, (H, W), window, pads
@@ -73,6 +74,33 @@ def test_depthwise(backend: TvmBackend) -> None:
         assert torch.equal(none, zeros)
 
 
+def test_direct(backend: TvmBackend) -> None:
+    cases = zip(WINDOWS, (32, 7, 3, 1, 40, 5), ("relu", "relu6", "hardswish", "silu", "", "relu6"), strict=True)
+    for (B, C, size, window, pads), N, epilogue in cases:
+        x, weight, bias = 4 * torch.randn(B, C, *size), torch.randn(N, C, *window[:2]), torch.randn(N)
+        tile = direct_tile(image_ops.out_size(size, window, pads)[1], backend.isa.lanes, backend.isa.registers)
+        kernel = DirectKernel(backend, DirectSpec(specs("direct", window, epilogue), C, tile))
+        padded = F.pad(x.double(), (pads[1], pads[3], pads[0], pads[2]))
+        want = ACTIVATIONS[epilogue].fn(F.conv2d(padded, weight.double(), bias.double(), window[2:]))
+        last = x.contiguous(memory_format=torch.channels_last)
+        for given in (planes(x), pixels(x), pixels(last), pixels(torch.randn(B, C + 1, *size)[:, 1:].copy_(x))):
+            y = kernel(given, weight, bias, size, window, pads)
+            close(y, pixels(want))
+            assert behind(y, backend.isa.lanes).isfinite().all()
+        none, zeros = (kernel(planes(x), weight, b, size, window, pads) for b in (None, torch.zeros(N)))
+        assert torch.equal(none, zeros)
+
+
+def behind(y: Tensor, lanes: int) -> Tensor:
+    """What vectors read behind the last pixel of token-minor values."""
+    B, S, N = y.shape
+    return y.as_strided((B, -(-S // lanes) * lanes, N), y.stride())[:, S:]
+
+
+def test_a_row_of_direct_is_cut_in_equal_parts() -> None:
+    assert direct_tile(112, 16, 24) == (3, 7) and direct_tile(150, 16, 24) == (3, 5) and direct_tile(5, 4, 12) == (3, 2)
+
+
 def test_patches(backend: TvmBackend) -> None:
     for B, C, size, window, pads in WINDOWS:
         x = torch.randn(B, C, *size)
@@ -106,6 +134,10 @@ def test_dense_meanings_agree_with_torch() -> None:
         padded = F.pad(x, (pads[1], pads[3], pads[0], pads[2]))
         y = torch.ops.sparsecc.depthwise(pixels(x), weight, bias, size, window, pads, "relu6", "")
         close(y, pixels(F.relu6(F.conv2d(padded, weight[:, None], bias, window[2:], groups=C))))
+        full = torch.randn(3, C, *window[:2])
+        all_channels = torch.ops.sparsecc.direct(pixels(x), full, None, size, window, pads, "relu6", "")
+        close(all_channels, pixels(F.relu6(F.conv2d(padded, full, None, window[2:]))))
+        assert image_ops.direct_fake(pixels(x), full, None, size, window, pads, "", "").stride() == all_channels.stride()
         made = torch.ops.sparsecc.patches(pixels(x), size, window, pads, "")
         assert torch.equal(made, F.unfold(padded, window[:2], stride=window[2:]).transpose(1, 2))
         close(torch.ops.sparsecc.pool(pixels(x), ""), x.mean((2, 3)))
