@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsecc.errors import SelectionError
 from sparsecc.ir.ops import ACTIVATIONS, KERNELS
 from sparsecc.ir.policy import knee, parse_policy
-from sparsecc.ir.skip_ops import _define, neurons_fake, request_scores, select, unbundle
+from sparsecc.ir.skip_ops import SETS, _define, neurons_fake, request_scores, select, unbundle
 
 
 def core_prompt(
@@ -40,7 +40,7 @@ def core_prompt(
     fn: Any = KERNELS.get(kernel)
     counts = None if fn is None else fn(a, score)
     counts = request_scores(a, score) if counts is None else counts
-    kept.copy_(select(counts, f"topk({kept.numel()})")[0])
+    SETS.choose(kept, counts)
     return F.linear(a, down, biases[-1]), core_scores(a, kept) if scored else kept.new_empty(0)
 
 

@@ -14,6 +14,7 @@ its part. Indices are sorted. `kernel` is a key of `KERNELS`, as in `sparsecc::l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,6 +128,19 @@ def neurons_fake(
     return x.new_empty((*x.shape[:-1], down.shape[0]))
 
 
+@dataclass
+class Sets:
+    """How often prompts have chosen neurons, in all: who has gathered weights by such a set looks at it again when this has grown."""
+
+    chosen: int = 0
+
+    def choose(self, kept: Tensor, scores: Tensor) -> None:
+        """Write the neurons of the highest scores [F] into kept i32[K]."""
+        kept.copy_(select(scores, f"topk({kept.numel()})")[0])
+        self.chosen += 1
+
+
+SETS = Sets()
 CORE_SHARE = 0.2
 """rho of CoreInfer: the largest part of a token's positive activations that counts."""
 
@@ -174,7 +188,7 @@ def request_neurons(
     a = ACTIVATIONS[activation].fn(F.linear(x, gate, biases[0]))
     if up is not None:
         a = a * F.linear(x, up, biases[1])
-    kept.copy_(select(request_scores(a, score), f"topk({kept.numel()})")[0])
+    SETS.choose(kept, request_scores(a, score))
     return F.linear(a, down, biases[-1])
 
 

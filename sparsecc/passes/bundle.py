@@ -45,7 +45,7 @@ def _pack(program: Program, node: fx.Node, tuner: NeuronTuner) -> None:
     tensors = [program.const(w) for w in sources]
     gate = tensors[0] if len(tensors) > 1 else None
     region = program.regions[node.name]
-    refused = tuner.refuses(gate, node.target is REQUEST)
+    refused = tuner.refuses(tensors[-1])
     if refused is not None:
         region.reason = f"{region.reason}; {refused}"
         return

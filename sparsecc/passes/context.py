@@ -94,8 +94,8 @@ class NeuronChoice:
 class NeuronTuner(Protocol):
     """Kernels for feed-forward blocks that skip neurons."""
 
-    def refuses(self, gate: Tensor | None, request: bool) -> str | None:
-        """Why there is no kernel for such a block, or None. `request`: the prompt chose the neurons."""
+    def refuses(self, weight: Tensor) -> str | None:
+        """Why there is no kernel for a block of such weights, or None."""
         ...
 
     def bundle(self, up: Tensor | None, down: Tensor) -> Tensor:

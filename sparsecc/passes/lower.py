@@ -78,7 +78,7 @@ BETWEEN: dict[Any, Callable[[Any, fx.Node], tuple[str, Any]]] = {
     TOKENS: lambda between, node: between.tokens(),
     MASK_TILES: lambda between, node: between.mask_tiles(hides(node.args[0]) == "rows"),
     DEPTHWISE: lambda between, node: between.window("depthwise", node.args[4], node.args[6]),
-    DIRECT: lambda between, node: between.direct(value_of(node.args[1]).shape[1], out_size(*node.args[3:6])[1], node.args[4], node.args[6]),
+    DIRECT: lambda between, node: between.direct(*_direct(node)),
     PATCHES: lambda between, node: between.window("patches", node.args[2], ""),
     POOL: lambda between, node: between.pool(),
     RECEIVED: lambda between, node: between.received(),
@@ -94,6 +94,12 @@ def _name_kernel(node: fx.Node, between: Any) -> None:
     if kernel is not None:
         KERNELS[key] = kernel
     node.args = (*node.args[:-1], key if kernel is not None else DENSE)
+
+
+def _direct(node: fx.Node) -> tuple[int, int, Any, str]:
+    """What its kernel depends on."""
+    weight, size, window, pads, epilogue = node.args[1], *node.args[3:7]
+    return int(value_of(weight).shape[1]), out_size(size, window, pads)[1], window, str(epilogue)  # type: ignore[arg-type]
 
 
 def _head_size(node: fx.Node) -> int:

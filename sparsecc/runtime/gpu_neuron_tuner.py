@@ -22,7 +22,7 @@ from sparsecc.ir.policy import parse_policy
 from sparsecc.passes.context import NeuronChoice
 from sparsecc.runtime.gpu_neurons import DTYPES, GpuNeurons, NeuronsElsewhere
 from sparsecc.runtime.neuron_tuner import dense
-from sparsecc.runtime.neurons import DenseNeurons, bundle
+from sparsecc.runtime.neurons import DenseNeurons, RequestKernel, Seen, bundle
 
 SECONDS = 0.3
 ALL_ACTIVE = 1.1
@@ -39,11 +39,9 @@ class GpuNeuronTuner:
     effort: Effort
     cache: TuneCache
 
-    def refuses(self, gate: Tensor | None, request: bool) -> str | None:
+    def refuses(self, weight: Tensor) -> str | None:
         """What there is no kernel for."""
-        if gate is None or request:
-            return f"no GPU kernel {'for a set of neurons per request' if request else 'skips inputs of a linear'}: computed in full"
-        return None if gate.dtype in DTYPES else f"no GPU kernel skips neurons in {gate.dtype}: computed in full"
+        return None if weight.dtype in DTYPES else f"no GPU kernel skips neurons in {weight.dtype}: computed in full"
 
     def bundle(self, up: Tensor | None, down: Tensor) -> Tensor:
         """See `runtime/neurons.bundle`."""
@@ -57,7 +55,12 @@ class GpuNeuronTuner:
         self, name: str, activation: str, policy: str, limit: float, seen: Any, request: bool, weights: Sequence[Tensor],
         biases: Sequence[Any],
     ) -> tuple[str, Any]:
-        """One for all blocks that compute the same. `limit` 0: torch's dense code."""
+        """One for all blocks that compute the same, but for sets that prompts choose: torch's linears on the neurons of one, gathered once,
+        read no more than kernels could. `limit` 0: torch's dense code."""
+        if request:
+            made = RequestKernel(DenseNeurons(activation, policy, "bundle"))
+            made.seen = seen if isinstance(seen, Seen) else made.seen
+            return f"{self.backend.device.target} {name} {activation} {id(made.seen):x}", made
         if limit <= 0:
             return f"dense neurons {activation} {policy}", DenseNeurons(activation, policy)
         key = f"{self.backend.device.target} neurons {activation} {policy}"
@@ -71,20 +74,22 @@ class GpuNeuronTuner:
 
     def choose(self, name: str, gate: Tensor | None, bundle: Tensor, activation: str, policy: str, tokens: int) -> NeuronChoice:
         """For one token. The kernels' time grows with the active neurons in a straight line."""
+        if policy == "all":
+            return NeuronChoice(1.0, "the neurons that a prompt chooses are gathered once", seen=Seen())
         if tokens > 1:
             return NeuronChoice(1.0, "one token at a time skips neurons, more are computed in full")
-        assert gate is not None
         measures = self.mode == "device" and self.effort != "none"
         none, every, full = self._measured(gate, bundle, activation) if measures else self._predicted(gate, bundle)
         even = 1 - min(1.0, max(0.0, (full - none) / max(1e-9, every - none)))
-        kept = parse_policy(policy).size(len(gate))
-        price = none + (every - none) * (1.0 if kept is None else kept / len(gate))
+        kept = parse_policy(policy).size(len(bundle))
+        price = none + (every - none) * (1.0 if kept is None else kept / len(bundle))
         how = "measured" if measures else "predicted from the data sheet"
-        reason = f"{none:.0f} us with no active neuron, {every:.0f} with all; dense {full:.0f}, {how}"
+        reason = f"{none:.0f} us with no active {'input' if gate is None else 'neuron'}, {every:.0f} with all; dense {full:.0f}, {how}"
         compiled = ""
         if self.mode == "elsewhere":
             made = GpuNeurons(self.backend, activation, policy)
-            sources = made.sources(made.spec([gate, bundle], [None])).items()
+            weights = [bundle] if gate is None else [gate, bundle]
+            sources = made.sources(made.spec(weights, [None])).items()
             compiled = "".join(f"; {part}: {binary(source, self.backend.device)}" for part, source in sources)
         figures = {"dense_us": full, "none_us": none, "all_us": every, "break_even": even}
         if self.mode == "interpreter":  # nobody waits for it to be fast: its numbers are what is looked at
@@ -96,28 +101,30 @@ class GpuNeuronTuner:
             return NeuronChoice(0.0, f"{reason}; {what} it loses too much: dense stays{compiled}", figures)
         return NeuronChoice(1.0, f"{reason}; pays from {even:.0%} zeros on{compiled}", figures)
 
-    def _predicted(self, gate: Tensor, stored: Tensor) -> tuple[float, float, float]:
-        (F, D), rows, device = gate.shape, stored.shape[1], self.backend.device
+    def _predicted(self, gate: Tensor | None, stored: Tensor) -> tuple[float, float, float]:
+        (F, rows, D), device = stored.shape, self.backend.device
         read = lambda nbytes: 1e6 * nbytes / (BANDWIDTH_SHARE * device.bandwidth)  # noqa: E731
         launches = 1e6 * LAUNCH * len(KERNELS)
-        none = launches + read(gate.nbytes)
-        products = [(F, D)] * rows + [(D, F)]
-        full = 1e6 * sum(dense_estimate(n, k, 1, dtype_of(gate.dtype), device).seconds for n, k in products)
+        none = launches + read(0 if gate is None else gate.nbytes)
+        products = [(F, D)] * (rows - (gate is None)) + [(D, F)]
+        full = 1e6 * sum(dense_estimate(n, k, 1, dtype_of(stored.dtype), device).seconds for n, k in products)
         return none, none + read(stored.nbytes), full
 
-    def _measured(self, gate: Tensor, stored: Tensor, activation: str) -> tuple[float, float, float]:
+    def _measured(self, gate: Tensor | None, stored: Tensor, activation: str) -> tuple[float, float, float]:
         machine = f"{self.backend.device.name} torch {torch.__version__} {source_hash()}"
         digest = hashlib.sha256(machine.encode()).hexdigest()[:16]
-        key = f"{self.backend.device.target} neurons {tuple(stored.shape)} {stored.dtype} {activation} {digest}"
+        what = "inputs" if gate is None else f"neurons {activation}"
+        key = f"{self.backend.device.target} {what} {tuple(stored.shape)} {stored.dtype} {digest}"
         found = self.cache.get(key)
         if found is None:
-            x = torch.randn(1, gate.shape[1], device=gate.device).to(gate.dtype)
-            biases: list[Tensor | None] = [None] * (1 + stored.shape[1])
+            weights = [stored] if gate is None else [gate, stored]
+            x = torch.randn(1, len(stored) if gate is None else gate.shape[1], device=stored.device).to(stored.dtype)
+            biases: list[Tensor | None] = [None] * (len(weights) - 1 + stored.shape[1])
             plain = dense(x, activation)
-            calls: dict[str, Callable[[], Any]] = {"dense": lambda: plain([gate, stored])}
+            calls: dict[str, Callable[[], Any]] = {"dense": lambda: plain(weights)}
             for one, kernel in (("none", GpuNeurons(self.backend, activation, "threshold(inf)")),
-                                ("all", GpuNeurons(self.backend, "silu", "nonzero"))):
-                calls[one] = lambda kernel=kernel: kernel(x, [gate, stored], biases, None)
+                                ("all", GpuNeurons(self.backend, "" if gate is None else "silu", "nonzero"))):
+                calls[one] = lambda kernel=kernel: kernel(x, weights, biases, None)
             found = {"us": {n: 1e6 * t.median for n, t in interleaved_on_gpu(calls, SECONDS).items()}}
             self.cache.put(key, found)
         return found["us"]["none"], found["us"]["all"], found["us"]["dense"]

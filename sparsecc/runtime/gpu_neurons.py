@@ -26,7 +26,8 @@ DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 @dataclass
 class GpuNeurons:
     """fn(x [..., D], [gate, bundle], biases, level) -> y [..., D], as `runtime/neurons.NeuronKernel`, for the policies that compare each
-    activation alone and, by one call of torch's top-k or of its reductions between kernels, for the others."""
+    activation alone and, by one call of torch's top-k or of its reductions between kernels, for the others. Of [bundle] alone a linear on
+    its active inputs: torch finds those."""
 
     backend: TritonBackend
     activation: str
@@ -43,24 +44,27 @@ class GpuNeurons:
         """What kernels compute for these weights."""
         name = parse_policy(self.policy).name
         alone = {"threshold": "threshold", "atleast": "threshold"}.get(name, "nonzero")
-        return GpuNeuronSpec(alone, self.activation, weights[1].shape[1] == 2, biases[0] is not None, DTYPES[weights[0].dtype])
+        bias = len(weights) > 1 and biases[0] is not None
+        return GpuNeuronSpec(alone, self.activation or "relu", weights[-1].shape[1] == 2, bias, DTYPES[weights[-1].dtype])
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
-        gate, bundle = weights
-        neurons, D = gate.shape
+        gate, bundle = weights[0] if len(weights) > 1 else None, weights[-1]
+        neurons, _, D = bundle.shape
         rule = parse_policy(self.policy)
         gated = len(biases) == 3 and biases[1] is not None
-        if x.numel() != D or gated or rule.name == "all" or x.dtype not in DTYPES:
+        if x.numel() != (neurons if gate is None else D) or gated or rule.name == "all" or x.dtype not in DTYPES:
             return dense_block(x, weights, biases, level, self.activation, rule)
         spec, config = self.spec(weights, biases), self.config
         if spec not in self._launches:
             self._launches[spec] = {name: self.backend.load(text) for name, text in self.sources(spec).items()}
         run, x = self._launches[spec], x.contiguous()
         fresh = lambda n, dtype=torch.float32: torch.empty(n, dtype=dtype, device=x.device)  # noqa: E731
-        bias = [] if biases[0] is None else [biases[0].float()]
+        bias = [] if gate is None or biases[0] is None else [biases[0].float()]
         out = torch.zeros(D, device=x.device) if biases[-1] is None else biases[-1].float()
         a = fresh(neurons)
-        if rule.name in ("nonzero", "threshold", "atleast"):
+        if gate is None:
+            a = active(x.view(neurons).float(), self.activation, self.policy, level).contiguous()
+        elif rule.name in ("nonzero", "threshold", "atleast"):
             run["scores"]((-(-neurons // config.bn), 1), (x, gate, *bias, self._levels_of(rule, level, gate), a), (neurons, D))
         else:  # these look at the whole row
             a = active(F.linear(x.view(1, D), gate, biases[0]).float(), self.activation, self.policy, level)[0].contiguous()
@@ -68,7 +72,7 @@ class GpuNeurons:
         run["compact"]((1, 1), (a, found, count), (neurons,))
         run["up"]((min(PROGRAMS, -(-neurons // config.bn)), 1), (x, bundle, a, found, count, h), (D,))
         tiles = -(-D // config.bk)
-        y, partial = torch.empty_like(x), fresh(tiles * config.split * config.bk)
+        y, partial = x.new_empty((*x.shape[:-1], D)), fresh(tiles * config.split * config.bk)
         done = torch.zeros(tiles, dtype=torch.int32, device=x.device)
         run["down"]((tiles, config.split), (bundle, h, found, count, out, y, partial, done), (D,))
         return y

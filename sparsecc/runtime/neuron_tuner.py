@@ -37,7 +37,7 @@ class CpuNeurons:
     effort: Effort
     cache: TuneCache
 
-    def refuses(self, gate: Tensor | None, request: bool) -> str | None:
+    def refuses(self, weight: Tensor) -> str | None:
         """Nothing."""
         return None
 
@@ -57,9 +57,9 @@ class CpuNeurons:
         """One for each block, since each counts its own neurons."""
         if limit <= 0 and not request:
             return f"dense neurons {activation} {policy}", DenseNeurons(activation, policy)
-        made: Any = RequestKernel(self.backend, activation)
-        if not request:
-            made = NeuronKernel(self.backend, activation, policy, limit, len(weights) > 1)
+        made: Any = NeuronKernel(self.backend, activation, policy, 1.0 if request else limit, len(weights) > 1)
+        if request:
+            made = RequestKernel(made, made.forget)
         made.seen = seen if isinstance(seen, Seen) else made.seen
         return f"cpu:{self.backend.isa.name} {name} {activation} {policy} {id(made.seen):x}", made
 

@@ -20,7 +20,7 @@ from sparsecc.codegen.tvm.native import REFUSED, RESULT, Native
 from sparsecc.codegen.tvm.neurons import TILES, NeuronSpec, neurons_source
 from sparsecc.ir.ops import ACTIVATIONS
 from sparsecc.ir.policy import Policy, parse_policy, quantile
-from sparsecc.ir.skip_ops import active, unbundle
+from sparsecc.ir.skip_ops import SETS, active, unbundle
 from sparsecc.runtime.few import DTYPES, scratch
 
 STREAMS = 4
@@ -136,34 +136,46 @@ class NeuronKernel:
 
 class RequestKernel:
     """fn(x [..., D], [gate, bundle], biases, kept i32[K]) -> y [..., D]: the neurons that a prompt chose, gathered once into weights of
-    their own, which later tokens read from end to end. Before any prompt `kept` holds -1, and all neurons count."""
+    their own, which later tokens read from end to end. Before any prompt `kept` holds -1, and all neurons count.
 
-    def __init__(self, backend: TvmBackend, activation: str) -> None:
-        self.kernel = NeuronKernel(backend, activation, "all")
+    `kernel`: what computes all neurons of the weights that it is given; `forget`: called when some of those are no longer used. The set
+    is only read where a prompt may have changed it: on a GPU the host would wait for it.
+    """
+
+    def __init__(self, kernel: Callable[..., Tensor], forget: Callable[[], None] = lambda: None) -> None:
+        self.kernel, self.forget = kernel, forget
         self.seen = Seen()
+        self._read: tuple[int, ...] = ()
         self._kept: Tensor | None = None
         self._weights: tuple[list[Tensor], list[Tensor | None]] = ([], [])
         self._lock = threading.Lock()
 
     def source(self, tokens: int) -> str:
         """The text of the kernel for so many float32 tokens of a gated block."""
-        return self.kernel.source(tokens)
+        return getattr(self.kernel, "source", lambda _: "torch's linears")(tokens)
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], kept: Tensor) -> Tensor:
-        neurons = weights[0].shape[0]
-        if int(kept[0]) < 0:
-            return self.kernel(x, weights, biases, None)
         with self._lock:
-            if self._kept is None or not torch.equal(self._kept, kept):
-                self._kept, rows = kept.clone(), kept.long()
-                some = [b if b is None or i == len(biases) - 1 else b[rows] for i, b in enumerate(biases)]
-                self._weights = [w.index_select(0, rows) for w in weights], some
-                self.kernel.forget()
+            self._look(weights, biases, kept)
             chosen, some = self._weights
-        self.seen.active += kept.numel()
-        self.seen.of += neurons
+        self.seen.active += len(chosen[0])
+        self.seen.of += len(weights[0])
         return self.kernel(x, chosen, some, None)
 
+    def _look(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], kept: Tensor) -> None:
+        """Gather what the set names, if it is another one."""
+        read = (SETS.chosen, kept.data_ptr(), -1 if kept.is_inference() else kept._version)
+        if read == self._read:
+            return
+        if self._kept is None or not torch.equal(self._kept, kept):
+            self._kept, rows = kept.clone(), kept.long()
+            if int(rows[0]) >= 0:
+                some = [b if b is None or i == len(biases) - 1 else b[rows] for i, b in enumerate(biases)]
+                self._weights = [w.index_select(0, rows) for w in weights], some
+            else:
+                self._weights = list(weights), list(biases)
+            self.forget()
+        self._read = read
 
 class _Bound:
     """A kernel with all arguments but the addresses of x and y; returns how many neurons are active."""
@@ -206,13 +218,14 @@ def dense_block(
 
 @dataclass
 class DenseNeurons:
-    """torch's linears on weights as the model has them, called as the kernels are."""
+    """torch's linears, called as the kernels are; on weights as the model has them, unless `storage` says otherwise."""
 
     activation: str
     policy: str
+    storage: str = "rows"
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], level: Tensor | None) -> Tensor:
-        return dense_block(x, weights, biases, level, self.activation, parse_policy(self.policy), "rows")
+        return dense_block(x, weights, biases, level, self.activation, parse_policy(self.policy), self.storage)
 
 
 def bundle(up: Tensor | None, down: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsecc.codegen.tvm.tiles import SPAN
-from sparsecc.ir import image_ops, token_ops
+from sparsecc.ir import token_ops
 from sparsecc.ir.infer import value_of
 
 
@@ -75,8 +75,7 @@ class Batch:
             return None  # code that lower has just written
         values = [value_of(node) for node in (*tensors, *nodes)]
         first = [str(t.shape[0]) for t in values[: len(tensors)] if t.ndim > 2 and isinstance(t.shape[0], torch.SymInt)]
-        pooled = {id(value_of(node)) for node in nodes if node.target is image_ops.POOL}
-        leading = [str(t.shape[0]) if t.ndim > 2 or id(t) in pooled else "" for t in values if isinstance(t, Tensor)]
+        leading = [str(t.shape[0]) if t.ndim > 1 else "" for t in values if isinstance(t, Tensor)]
         texts = [str(value_of(size)) for size in sizes]
         if not first or not all(text in (first[0], "1") for text in leading) or any(first[0] in text != first[0] for text in texts):
             return None

@@ -12,6 +12,7 @@ from sparsecc.errors import ShapeError
 from sparsecc.ir.image_ops import IMAGE_MEANINGS
 from sparsecc.ir.ops import LINEAR
 from sparsecc.runtime import bands
+from sparsecc.runtime.chain import Chain
 
 TOLERANCE = 2e-5
 
@@ -63,6 +64,16 @@ def test_batches_layouts_and_offsets(cut: bool, monkeypatch: pytest.MonkeyPatch)
         agrees(compiled, net, torch.randn(B, 4, 44, 53)[:, 1:, :, 1:])
         agrees(compiled, net, x)  # replayed
     assert bool(runs) == cut and all(0 < band.rows < band.height for band in runs)
+
+
+def test_pictures_go_through_one_by_one_up_to_the_linear_behind_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one kernel writes is still in cache when the next reads it."""
+    net, parts = small(), []
+    real = Chain.part
+    monkeypatch.setattr(Chain, "part", lambda chain, tensors, *rest: (parts.append(len(tensors[0])), real(chain, tensors, *rest))[1])
+    compiled = sparsecc.compile(net, example_inputs=(torch.randn(2, 3, 96, 96),), autotune="none", remainder="eager")
+    agrees(compiled, net, torch.randn(5, 3, 96, 96))
+    assert parts == [1] * 5 and "fc" in {region.name for region in compiled.explain().regions if region.format != "dense"}
 
 
 def test_inductor_takes_channels_last() -> None:

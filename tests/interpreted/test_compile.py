@@ -94,6 +94,33 @@ def test_neurons_are_skipped_as_the_masked_block_says(act: str, gated: bool, rul
     assert "to check its numbers" in " ".join(str(compiled.explain()).split())
 
 
+def test_inputs_of_a_linear_are_skipped() -> None:
+    model, x = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 40)).eval().requires_grad_(False), torch.randn(1, 1, 48)
+    spec = {"*": sparsecc.inputs(policy="ratio(0.25)")}
+    made = {target: sparsecc.compile(model, target, spec, x, remainder="eager", dynamic_shapes=None) for target in ("cuda", "reference")}
+    kernels = [node.args[-1] for node in made["cuda"].graphs[0].history.program.graph.nodes if "neurons" in str(node.target)]
+    assert len(kernels) == 2 and all(isinstance(KERNELS[key], GpuNeurons) and KERNELS[key]._launches == {} for key in kernels)
+    torch.testing.assert_close(made["cuda"](x), made["reference"](x), rtol=0, atol=2e-5)
+    assert any(KERNELS[key]._launches for key in kernels)
+
+
+def test_a_prompts_neurons_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = Gated("silu", True).eval().requires_grad_(False), torch.randn(2, 1, 9, 48)
+    spec = {"*": sparsecc.neurons(top=0.25, per_request="griffin")}
+    gathers: list[int] = []
+    plain = torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda t, *args: gathers.append(1) or plain(t, *args))
+    made = {target: sparsecc.compile(model, target, spec, remainder="eager") for target in ("cuda", "reference")}
+    for prompt in prompts:
+        for target in made:
+            torch.testing.assert_close(made[target](prompt), model(prompt), rtol=0, atol=2e-5)
+        gathers.clear()
+        for x in torch.randn(3, 2, 1, 48):  # two sequences, one token each
+            torch.testing.assert_close(made["cuda"](x), made["reference"](x), rtol=0, atol=2e-5)
+            assert (made["cuda"](x) - model(x)).abs().max() > 1e-3
+        assert len(gathers) == 2  # the gate and the bundle, once
+
+
 @pytest.mark.parametrize(
     "rule", [sparsecc.ftp([0.3, 0.5]), sparsecc.ftp(0.3, keys="all"), sparsecc.mixture_of_depths(torch.randn(1, 32), "threshold(0.5)")]
 )

@@ -35,6 +35,22 @@ def test_gpu_kernels_compute_the_masked_dense_block(policy: str, up: bool, dtype
     assert float((y.double() - wanted).abs().max()) <= (2e-5 if dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("policy", ["threshold(0.2)", "topk(9)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_on_its_active_inputs(policy: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, x, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in ((70, 133), (1, 1, 133), (70,)))
+    kernel = GpuNeurons(TritonBackend(device_of("cuda:sm_90")), "", policy, GpuConfig(bn=16, bk=32, split=2))
+    y = kernel(x, [bundle(None, weight)], [bias], None)
+    wanted = masked_dense(x.double(), [weight.double()], [bias.double()], None, "rows", "", policy)
+    assert y.shape == wanted.shape and kernel._launches
+    assert float((y.double() - wanted).abs().max()) <= (2e-5 if dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
+    several = torch.randn(2, 3, 133, generator=g).to(dtype)
+    wanted = masked_dense(several.double(), [weight.double()], [bias.double()], None, "rows", "", policy)
+    found = kernel(several, [bundle(None, weight)], [bias], None).double()
+    assert float((found - wanted).abs().max()) <= (2e-5 if dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
+
+
 def test_no_active_neuron_gives_the_bias() -> None:
     gate, down = torch.randn(40, 32), torch.randn(32, 40)
     kernel = GpuNeurons(TritonBackend(device_of("cuda:sm_90")), "relu", "nonzero", GpuConfig(bn=16, bk=32, split=2))
