@@ -15,6 +15,8 @@ from sparsecc.codegen.tvm.activation import write_activation
 from sparsecc.codegen.tvm.image import Taps, WindowSpec, lanes_between
 from sparsecc.codegen.tvm.writer import Writer, constant, splat, vec
 
+LINE = 16
+"""Floats of a line of memory."""
 OUTPUTS = 3
 """Of a tile: what is loaded serves so many multiply-adds."""
 
@@ -74,6 +76,8 @@ def _write_taps(w: Writer, spec: DirectSpec, lanes: int) -> None:
     (kh, kw), (_, step), size = spec.window.kernel, spec.window.stride, spec.tile[1] * lanes
     w.opaque("iw", f"(first + part * {lanes}) * {step} - left")
     taps = Taps(w, spec.window, lanes) if spec.window.planes else None
+    if taps is not None:
+        _write_prefetches(w, spec, lanes)
     for i in range(kh):
         to = [(c, [f"{((c * kh + i) * kw + j) * size} + part * {lanes}" for j in range(kw)]) for c in range(spec.channels)]
         with w.block(f"if (ih + {i} >= 0) and (ih + {i} < H):"):
@@ -94,15 +98,27 @@ def _write_taps(w: Writer, spec: DirectSpec, lanes: int) -> None:
                     w(f"{vec('taps', place, lanes)} = {constant(0.0, lanes)}")
 
 
+def _write_prefetches(w: Writer, spec: DirectSpec, lanes: int) -> None:
+    """The rows that the next task sees besides: the picture often comes from memory."""
+    (rows, step), height = spec.window.stride, spec.window.kernel[0]
+    for c in range(spec.channels):
+        for row in range(min(rows, height)):
+            at = w.let("next", f"batch * x_batch + {c} * x_stride + (ih + {max(rows, height) + row}) * W + iw")
+            for line in range(0, step * lanes, LINE):
+                where = f"T.address_of(x[{at} + {line}])"
+                w(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", {where}, T.int32(0), T.int32(3), T.int32(1)))')
+
+
 def _write_outputs(w: Writer, spec: DirectSpec, lanes: int, whole: bool) -> None:
     """All outputs of a tile's pixels."""
     outputs = spec.tile[0]
     with w.block(f"for block in range(N // {outputs}):"):
         w.opaque("n", f"block * {outputs}")
         _write_tile(w, spec, outputs, lanes, whole)
-    with w.block(f"for rest in range(N % {outputs}):"):
-        w.opaque("n", f"N // {outputs} * {outputs} + rest")
-        _write_tile(w, spec, 1, lanes, whole)
+    for rest in range(1, outputs):
+        with w.block(f"if N % {outputs} == {rest}:"):
+            w.opaque("n", f"N - {rest}")
+            _write_tile(w, spec, rest, lanes, whole)
 
 
 def _write_tile(w: Writer, spec: DirectSpec, outputs: int, lanes: int, whole: bool) -> None:
