@@ -241,13 +241,13 @@ def recency(x: Tensor, mask: Tensor | None) -> Tensor:
     """Scores i64[B, S] of FTP's static router for x [B, S, D]: the first token, then the latest ones, the others in reverse; behind all of
     them padding, tokens that a mask bool or float [B or 1, 1 or H, S, S] hides from themselves."""
     B, S = x.shape[:2]
-    score = torch.arange(S, device=x.device).expand(B, S).clone()
+    score = torch.arange(S, device=x.device).expand(B, S)
     real = torch.ones(B, S, dtype=torch.bool, device=x.device)
     if mask is not None:
         own = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
         real = (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand(B, S)
     first = real.int().argmax(-1, keepdim=True)
-    return torch.where(real, score + S, score).scatter_(1, first, 2 * S)
+    return torch.where(score == first, 2 * S, torch.where(real, score + S, score))
 
 
 def recency_fake(x: Tensor, mask: Tensor | None) -> Tensor:

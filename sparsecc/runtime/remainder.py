@@ -17,6 +17,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from sparsecc.autotune.measure import Timing, interleaved
+from sparsecc.ir.fusible import FUSIBLE
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
 from sparsecc.runtime.chain import link
@@ -118,12 +119,13 @@ def _eager(program: Program) -> Callable[..., Sequence[Any]]:
 
 def _inductor(program: Program) -> Callable[..., Sequence[Any]]:
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     copy = program.clone()
     fakes = [value_of(node) for node in copy.inputs]
     mode = detect_fake_mode([fake for fake in fakes if isinstance(fake, torch.Tensor)])
     with torch.no_grad(), tracing(TracingContext(mode)):
-        compiled: Any = compile_fx(copy.gm, fakes)
+        compiled: Any = compile_fx(copy.gm, fakes, decompositions={**select_decomp_table(), **FUSIBLE})
 
     formats = [_format(fake) for fake in fakes]
 

@@ -138,6 +138,28 @@ def test_skipping_tokens_neurons_and_weights_compose() -> None:
         assert print_program(parse_program(printed)) == printed
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_keeps_the_latest_real_tokens_of_each_row(side: str) -> None:
+    """OPT, which works on [B * S, D] and counts positions by the mask: each row against the model on its kept tokens alone."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64}
+    model = OPTForCausalLM(OPTConfig(ffn_dim=96, word_embed_proj_dim=32, **sizes)).eval().requires_grad_(False)
+    S, lengths = 24, (24, 17, 5)
+    mask = torch.tensor([[int(n > (at if side == "right" else S - 1 - at)) for at in range(S)] for n in lengths])
+    inputs = {"input_ids": torch.randint(2, 64, (3, S)), "attention_mask": mask, "use_cache": False}
+    for target in ("cpu", "reference"):
+        found = sparsecc.compile(model, target, {"model.decoder.layers.*": sparsecc.ftp(0.3)}, dict(inputs), **EAGER)(**inputs).logits
+        for b, n in enumerate(lengths):
+            real, count = mask[b].nonzero()[:, 0], min(n, 17)  # 70 % of the 24 columns, padding only where nothing else is left
+            kept = torch.cat([real[:1], real[n - count + 1 :]])
+            places = (mask[b].cumsum(0) - 1)[kept][None]
+            alone = {"input_ids": inputs["input_ids"][b : b + 1, kept], "attention_mask": torch.ones(1, count), "position_ids": places}
+            wanted = model(**alone, use_cache=False).logits[0, -1]
+            assert torch.allclose(found[b, real[-1]], wanted, atol=2e-5)
+
+
 def test_compact_positions_renumber_the_kept_tokens() -> None:
     model = llama()
     inputs = {"input_ids": CAUSAL["input_ids"], "use_cache": False}
