@@ -5,7 +5,7 @@
 neurons: one token through a ReLU block with random weights, whose gate is shifted so that a given fraction of activations is zero;
   sparsecc's kernel with and without a sketch of the gate, torch's dense linears, and the machine's read limit, all in turns.
 selection: what choosing costs: the list of nonzeros, a top-k, a statistical top-k, against the region that they spare.
-ftp: SmolLM2-135M on real text, dense and with 30 % of the tokens skipped, both compiled and run op by op (remainder="eager").
+ftp: SmolLM2-135M on real text, dense and with 30 % of the tokens skipped, both compiled.
 cached: prompts and tokens with a KV cache, end to end, see `benchmarks/cached.py`.
 router, merge: learned routers and merged tokens, see `benchmarks/routing.py`.
 Times are medians over rounds in seconds; `best` are the fastest rounds.
@@ -144,7 +144,7 @@ def prefill(threads: int, seconds: float, skipped: float = 0.3) -> list[dict[str
     ids = models.smollm2_tokenizer()(" ".join(models.sentences(400)), return_tensors="pt")["input_ids"][:, :PREFILL]
     inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
     made = {
-        name: sparsecc.compile(model, sparsity=spec, example_inputs=inputs, autotune="none", remainder="eager")
+        name: sparsecc.compile(model, sparsity=spec, example_inputs=inputs, autotune="none")
         for name, spec in {"dense": None, "skipped": {"model.layers.*": sparsecc.ftp(skipped)}}.items()
     }
     times = interleaved({"dense": lambda: made["dense"](**inputs), "skipped": lambda: made["skipped"](**inputs)}, seconds, 5)
