@@ -58,6 +58,7 @@ class Block:
         self.kept_bytes = gate.nbytes + self.active * D * dtype.itemsize * (2 if gated else 1)
         self.biases: list[Tensor | None] = [None] * (3 if gated else 2)
         count = max(1, footprint(FOOTPRINT) // self.dense_bytes)
+        self.turn = itertools.cycle(range(count))  # one for all calls: none finds what another has just read
         self.plain = [_copied(gate, up, down) for _ in range(count)]
         self.stored = [[g, bundle(u, d)] for g, u, d in self.plain]
         quick = [list(sketch(gate)) for _ in range(1)]
@@ -65,10 +66,10 @@ class Block:
 
     def dense(self) -> Callable[[], Tensor]:
         """torch's linears."""
-        turn, x = itertools.cycle(self.plain), self.x
+        x = self.x
 
         def run() -> Tensor:
-            gate, up, down = next(turn)
+            gate, up, down = self.plain[next(self.turn)]
             a = F.relu(F.linear(x, gate))
             return F.linear(a if up is None else a * F.linear(x, up), down)
 
@@ -77,11 +78,11 @@ class Block:
     def ours(self, policy: str = "nonzero", sketched: bool = False, limit: float = 1.0) -> Callable[[], Tensor]:
         """sparsecc's kernel."""
         kernel = NeuronKernel(TvmBackend.of(), "relu", policy, limit)
-        turn, x, biases = itertools.cycle(self.sketched if sketched else self.stored), self.x, self.biases
+        stored, x, biases = self.sketched if sketched else self.stored, self.x, self.biases
 
         def run() -> Tensor:
             kernel._plain = 0  # the sketch is used whatever was found: this measures it
-            return kernel(x, next(turn), biases, None)
+            return kernel(x, stored[next(self.turn)], biases, None)
 
         return run
 
@@ -134,8 +135,7 @@ def _undone(block: Block, policy: str) -> Callable[[], Any]:
     """The kernel up to its list."""
     kernel = NeuronKernel(TvmBackend.of(), "relu", policy, -1.0)
     kernel.dense = lambda x, *rest: x  # type: ignore[method-assign]
-    turn = itertools.cycle(block.stored)
-    return lambda: kernel(block.x, next(turn), block.biases, None)
+    return lambda: kernel(block.x, block.stored[next(block.turn)], block.biases, None)
 
 
 def prefill(threads: int, seconds: float, skipped: float = 0.3) -> list[dict[str, Any]]:
