@@ -9,6 +9,7 @@ from sparsecc.passes.fuse import Fuse
 from sparsecc.passes.layout import Layout
 from sparsecc.passes.lower import Lower
 from sparsecc.passes.manager import Pass
+from sparsecc.passes.masks import Masks
 from sparsecc.passes.pack import Pack
 from sparsecc.passes.propagate import Propagate
 from sparsecc.passes.reorder import Reorder
@@ -18,6 +19,7 @@ from sparsecc.passes.skip import Skip
 
 PIPELINE: tuple[Pass, ...] = (
     Canonicalize(),  # one op for every linear
+    Masks(),         # attention is told what its mask's arithmetic says
     Reorder(),       # rows and columns, where their zeros then come in blocks or groups
     Select(),        # which zeros each weight has, or must have
     Skip(),          # neurons and tokens that are skipped at run time

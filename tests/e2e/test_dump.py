@@ -44,9 +44,9 @@ def test_files(dump: Path) -> None:
     stages = ["capture", *(one.name for one in PIPELINE)]
     assert sorted(p.name for p in dump.glob("[0-9]*.py")) == [f"{i:02d}_{name}.py" for i, name in enumerate(stages)]
     assert len(list(dump.glob("*.diff"))) == len(PIPELINE)
-    select = (dump / "03_select.diff").read_text()
+    select = (dump / "04_select.diff").read_text()
     assert "% block(4, 1" in select
-    assert select.startswith("--- 02_reorder.py\n+++ 03_select.py\n")
+    assert select.startswith("--- 03_reorder.py\n+++ 04_select.py\n")
     kernels = [p.read_text() for p in (dump / "kernels").glob("*.py")]
     assert kernels
     assert all("T.prim_func" in text for text in kernels)

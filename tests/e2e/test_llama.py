@@ -176,7 +176,8 @@ def test_prefill_is_one_chain(pattern: str) -> None:
     for graph in range(len(compiled.graphs)):
         text = compiled.ir("lower", graph)
         assert text.count("sparsecc.attention(") == 2 and text.count("sparsecc.norm(") == 5
-        assert text.count("sparsecc.rotary(") == 4 and text.count("sparsecc.gate(") == 2 and text.count("sparsecc.mask_tiles(") == 1
+        assert text.count("sparsecc.rotary(") == 4 and text.count("sparsecc.gate(") == 2
+        assert text.count("sparsecc.mask_tiles(") == ("attention_mask:" in text)  # without one it is causal
         assert not any(name in text for name in ("scaled_dot_product", "rsqrt", "silu.default", "cat_1"))
 
 

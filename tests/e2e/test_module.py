@@ -138,7 +138,7 @@ def test_modes_attributes_and_copies() -> None:
 def test_history_as_text() -> None:
     module = compiled(mlp())
     module(torch.randn(16, 256))
-    assert [line.split()[1] for line in module.ir().splitlines()][:4] == ["capture", "canonicalize", "reorder", "select"]
+    assert [line.split()[1] for line in module.ir().splitlines()][:5] == ["capture", "canonicalize", "masks", "reorder", "select"]
     assert "% block(4, 1)" in module.ir("select")
     with pytest.raises(sparsecc.SpecError, match="did you mean 'layout'"):
         module.ir("layuot")
