@@ -34,9 +34,9 @@ def router(skipped: float) -> dict[str, Tensor]:
 
 
 def learned(threads: int, seconds: float, skipped: float = 0.3) -> list[dict[str, Any]]:
-    """SmolLM2's layers with random weights, run whole, with the static router, and with learned ones that keep the same tokens. What it takes
-    to score and choose them, as a part of what skipping saves: `of_saved` timed by itself, with caches that hold nothing of it, `in_place`
-    what the model takes more than with the static router."""
+    """SmolLM2's layers with random weights, run whole, with the static router, and with learned ones that keep the same tokens. What it
+    takes to score and choose them, as a part of what skipping saves: `of_saved` timed by itself, with caches that hold nothing of it,
+    `in_place` what the model takes more than with the static router."""
     times = interleaved({**_llamas(skipped), "selection": _selection(skipped)}, seconds, 9)
     saved = (times["dense"].median - times["static"].median) / LAYERS
     rows = [{
