@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from sparsecc.ir.effects import mutates
 from sparsecc.ir.infer import value_of
 from sparsecc.ir.program import Program
 from sparsecc.passes.attention import SDPA
@@ -65,6 +66,8 @@ class Masks:
     ensures: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Any = None) -> None:
+        if any(mutates(node) for node in program.graph.nodes if node.op != "output"):
+            return  # perhaps to what a mask is made of
         proof = _Proof()
         for node in list(program.graph.nodes):
             if node.target is SDPA and isinstance(_mask(node), fx.Node):
@@ -253,7 +256,7 @@ def _cumsum(proof: _Proof, node: fx.Node) -> Affine | None:
 def _index(proof: _Proof, node: fx.Node) -> Affine | None:
     """An entry for every index: the function of those. They are in range, and counted from the front if they are positive."""
     found, given = proof.of(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
-    if not isinstance(found, Affine) or len(given) != value_of(node.args[0]).ndim:  # type: ignore[arg-type]
+    if not isinstance(found, Affine) or None in given or len(given) != value_of(node.args[0]).ndim:  # type: ignore[arg-type]
         return None
     steps, total = found.over(len(given)).steps, Affine(found.const, ())
     for step, one in zip(steps, given, strict=True):
