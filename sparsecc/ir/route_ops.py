@@ -169,6 +169,12 @@ def kept(scores: Tensor, rule: Policy) -> Tensor:
     """bool[B, S]: +inf always, -inf never, the others as the policy has it among them, row by row."""
     if rule.name in ("threshold", "atleast"):
         return rule.mask(scores)
+    if rule.fixed:
+        best = scores.sort(dim=-1, descending=True, stable=True).indices
+        numbers = [rule.size(n) for n in scores.isfinite().sum(-1).tolist()]
+        count = (scores == torch.inf).sum(-1) + torch.tensor(numbers, device=scores.device)
+        first = torch.arange(scores.shape[1], device=scores.device) < count.unsqueeze(-1)
+        return torch.empty_like(first).scatter_(-1, best, first)
     mask = scores == torch.inf
     finite = scores.isfinite()
     for row, some, found in zip(scores, finite, mask, strict=True):

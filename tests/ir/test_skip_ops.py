@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparsecc.errors import SelectionError, SpecError
 from sparsecc.ir.cache_ops import earlier, numbered, shown_keys, trim_keys
 from sparsecc.ir.policy import Policy, kept_of, knee, parse_policy
-from sparsecc.ir.route_ops import eligible, token_gate
+from sparsecc.ir.route_ops import eligible, kept, token_gate
 from sparsecc.ir.skip_ops import active, gather_tokens, neurons, recency, scatter_tokens, select
 from sparsecc.ir.text import parse_program, print_program
 
@@ -180,3 +182,16 @@ def test_rows_with_padding_count_their_own_tokens() -> None:
     p, inf = torch.full((2, 5), 0.5), torch.inf
     assert eligible(p, mask, 1, None).tolist() == [[-inf, -inf, inf, 0.5, 0.5], [inf, -inf, 0.5, -inf, -inf]]
     assert eligible(p, mask, None, -1).tolist() == [[-inf, -inf, 0.5, 0.5, inf], [0.5, -inf, inf, -inf, -inf]]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 12), st.sampled_from(["topk(3)", "topk(40)", "ratio(0.4)", "all"]))
+def test_a_number_of_tokens_is_of_those_that_compete(seed: int, B: int, S: int, policy: str) -> None:
+    """+inf is kept besides, -inf never; of equal scores the first."""
+    g, rule = torch.Generator().manual_seed(seed), parse_policy(policy)
+    scores = torch.tensor([-torch.inf, 0.0, 0.25, 0.5, torch.inf])[torch.randint(0, 5, (B, S), generator=g)]
+    for row, found in zip(scores, kept(scores, rule), strict=True):
+        some = row.isfinite()
+        best = sorted(some.nonzero()[:, 0].tolist(), key=lambda at: -float(row[at]))[: rule.size(int(some.sum()))]
+        wanted = torch.zeros(S, dtype=torch.bool)
+        wanted[best] = True
+        assert torch.equal(found, wanted | (row == torch.inf))
