@@ -17,7 +17,7 @@ from sparsecc.codegen.tvm.half import paired
 from sparsecc.formats import Dense, Format, Panels
 from sparsecc.formats.level import NM
 from sparsecc.runtime.few import DTYPES, FewTokens, panels
-from sparsecc.runtime.record import call, output
+from sparsecc.runtime.record import call, output, recording
 from sparsecc.runtime.tokens import rounded, rows, sequences, token_minor, token_output
 
 Pointers = tuple[c_void_p, ...]
@@ -63,8 +63,8 @@ class LinearKernel:
             return y
         N, K = self.shape
         tokens = x.numel() // K if K else math.prod(x.shape[:-1])
-        # Several tokens that lie token-minor stay so.
-        by_rows = tokens == 1 or (x.stride(-1) == 1 and self.spec.layout == "row")
+        # Several tokens that lie token-minor stay so, and within a chain one does: torch would have to copy it.
+        by_rows = (tokens == 1 and not recording()) or (x.stride(-1) == 1 and self.spec.layout == "row")
         known = x.dtype in DTYPES and (bias is None or bias.dtype == x.dtype)
         if tokens and K and by_rows and known and self._few.serves(tokens):
             y = self._few(x, params, bias, residual)

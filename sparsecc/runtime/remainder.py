@@ -125,7 +125,8 @@ def _inductor(program: Program) -> Callable[..., Sequence[Any]]:
     fakes = [value_of(node) for node in copy.inputs]
     mode = detect_fake_mode([fake for fake in fakes if isinstance(fake, torch.Tensor)])
     with torch.no_grad(), tracing(TracingContext(mode)):
-        compiled: Any = compile_fx(copy.gm, fakes, decompositions={**select_decomp_table(), **FUSIBLE})
+        select_decomp_table().update(FUSIBLE)  # its own table: given another one, Inductor would not find what it has cached
+        compiled: Any = compile_fx(copy.gm, fakes)
 
     formats = [_format(fake) for fake in fakes]
 

@@ -76,6 +76,19 @@ def test_pictures_go_through_one_by_one_up_to_the_linear_behind_the_pool(monkeyp
     assert parts == [1] * 5 and "fc" in {region.name for region in compiled.explain().regions if region.format != "dense"}
 
 
+def test_pictures_that_become_one_pixel_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, runs = nn.Sequential(block(3, 16, 3, 2), InvertedResidual(16, 24, 2, 6), InvertedResidual(24, 24, 1, 6)).eval(), []
+    sparsecc.prune(net, "unstructured(0.8)")
+    real = Chain.run
+    monkeypatch.setattr(Chain, "run", lambda chain, *rest: (runs.append(chain), real(chain, *rest))[1])
+    x = torch.randn(1, 3, 4, 4)
+    compiled = sparsecc.compile(net, example_inputs=(x,), autotune="none", remainder="eager")
+    agrees(compiled, net, x)
+    recorded = len(runs)
+    agrees(compiled, net, torch.randn(1, 3, 4, 4))
+    assert len(runs) == recorded > 0
+
+
 def test_inductor_takes_channels_last() -> None:
     net = small()
     compiled = sparsecc.compile(net, autotune="none")
