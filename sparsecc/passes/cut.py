@@ -123,7 +123,7 @@ class Cutter:
                     swapped[node] = self._take(node, idx, dims[:1] if node is mask else dims, count)
         if mask is None and is_causal(attention):
             with graph.inserting_before(attention):
-                with_mask(attention, graph.call_function(EARLIER, (idx, block.x)))
+                with_mask(attention, graph.call_function(EARLIER, (idx, self.moved.get(block.x, block.x))))
         self.shorter.move(own, swapped, idx)
         self.routes.whole.add(block.y)
 

@@ -126,6 +126,18 @@ def test_skipped_tokens_are_those_of_the_masked_dense_model(schedule: list[float
         assert torch.allclose(compiled(**inputs).logits[real], masked(model, inputs, keep, keys)[real], atol=2e-5)
 
 
+@pytest.mark.parametrize(("schedule", "keys"), [([0.3, 0.3, 0.5], "kept"), ([0.3, 0.9, 0.3], "all")])
+def test_prompts_without_padding_are_causal(schedule: list[float], keys: str) -> None:
+    model, (B, S) = llama(), (2, 23)
+    compiled = None
+    for tokens in (S, 41):
+        inputs = {"input_ids": torch.randint(0, model.config.vocab_size, (B, tokens)), "use_cache": False}
+        compiled = compiled or sparsecc.compile(model, "cpu", {"layers.*": sparsecc.ftp(schedule, keys=keys)}, dict(inputs), **EAGER)
+        shown = {**inputs, "attention_mask": torch.ones(B, tokens, dtype=torch.long)}
+        wanted = masked(model, shown, [static(shown, s) for s in schedule], keys)
+        assert torch.allclose(compiled(**inputs).logits, wanted, atol=2e-5)
+
+
 def test_skipping_tokens_neurons_and_weights_compose() -> None:
     model = llama()
     sparsecc.prune(model, {"*.q_proj": "2:4"})
