@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsecc.errors import SelectionError
 from sparsecc.ir.ops import KERNELS, LIBRARY, TOKEN_TILE
 from sparsecc.ir.policy import Policy, parse_policy
-from sparsecc.ir.skip_ops import gather_tokens, gather_tokens_fake
+from sparsecc.ir.skip_ops import diagonal, gather_tokens, gather_tokens_fake
 from sparsecc.ir.token_ops import TAGS
 
 
@@ -51,7 +51,7 @@ def real_tokens(mask: Tensor | None, B: int, S: int, device: torch.device) -> Te
     if mask is None:
         return torch.ones(B, S, dtype=torch.bool, device=device)
     mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
-    own = (mask[..., 0, :] if mask.shape[-2] == 1 and S > 1 else mask.diagonal(dim1=-2, dim2=-1))[:, 0]
+    own = (mask[..., 0, :] if mask.shape[-2] == 1 and S > 1 else diagonal(mask))[:, 0]
     return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand(B, S)
 
 

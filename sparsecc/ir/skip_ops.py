@@ -237,6 +237,12 @@ def scatter_tokens_fake(x: Tensor, idx: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def diagonal(mask: Tensor) -> Tensor:
+    """[..., S] of [..., S, S]: what is said of each token itself. By indices, which Inductor fuses without warning of its own code."""
+    at = torch.arange(mask.shape[-1], device=mask.device)
+    return mask[..., at, at]
+
+
 def recency(x: Tensor, mask: Tensor | None) -> Tensor:
     """Scores i64[B, S] of FTP's static router for x [B, S, D]: the first token, then the latest ones, the others in reverse; behind all of
     them padding, tokens that a mask bool or float [B or 1, 1 or H, S, S] hides from themselves."""
@@ -244,7 +250,7 @@ def recency(x: Tensor, mask: Tensor | None) -> Tensor:
     score = torch.arange(S, device=x.device).expand(B, S)
     real = torch.ones(B, S, dtype=torch.bool, device=x.device)
     if mask is not None:
-        own = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+        own = diagonal(mask)[:, 0]
         real = (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand(B, S)
     first = real.int().argmax(-1, keepdim=True)
     return torch.where(score == first, 2 * S, torch.where(real, score + S, score))
