@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
@@ -221,7 +221,12 @@ def explanation(history: History, options: Options, notes: Mapping[str, Any]) ->
     program = steps[-1].program
     shown = [n for n in program.graph.nodes if n.target is LINEAR or (n.target in (CONVOLUTION, *WEIGHTED) and n.name in program.regions)]
     regions = [program.region(node) for node in shown]
-    regions += [program.regions[node.name] for node in program.graph.nodes if node.target in RUN_TIME and node.name in program.regions]
+    for node in program.graph.nodes:
+        if node.target in RUN_TIME and node.name in program.regions:
+            region, known = program.regions[node.name], {region.name for region in regions}
+            more = {key: value for key, value in region.more.items() if key != "also"}
+            names = [name for name in region.more.get("also", ()) if name not in known]
+            regions += [replace(region, name=name, more=more) for name in (*names, region.name)]
     header = {"target": options.target, "threads": torch.get_num_threads(), "autotune": options.autotune, "sparsity": str(options.spec)}
     return Explanation(regions, {**header, **notes}, steps[-1].program.dims)
 

@@ -71,7 +71,7 @@ class Explanation:
         sized = [(_bytes_of(r), whole) for r, whole in dense if whole is not None]
         return {
             "sparse": sum(map(is_sparse, self.regions)),
-            "dense": sum(not is_sparse(r) for r in self.regions),
+            "dense": sum(bool(r.weights) and not is_sparse(r) for r in self.regions),
             "bytes": sum(packed for packed, _ in sized),
             "dense_bytes": sum(dense for _, dense in sized),
             "timed": len(timed),
@@ -109,7 +109,7 @@ class Explanation:
 
     def _footer(self) -> list[str]:
         sums = self.totals()
-        line = f"{len(self.regions)} linear regions: {sums['sparse']} sparse, {sums['dense']} dense"
+        line = f"{sums['sparse'] + sums['dense']} linear regions: {sums['sparse']} sparse, {sums['dense']} dense"
         if sums["dense_bytes"]:
             line += f"; weights {_size(sums['bytes'])} instead of {_size(sums['dense_bytes'])}"
         if sums["timed"] and sums["us"]:

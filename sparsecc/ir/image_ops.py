@@ -40,18 +40,7 @@ def depthwise(
     fn: Any = KERNELS.get(kernel)
     if fn is not None:
         return fn(x, weight, bias, size, window, pads)
-    y = F.conv2d(padded_picture(x, size, pads), weight[:, None], bias, window[2:], groups=x.shape[-1])
-    y = ACTIVATIONS[epilogue].fn(y).flatten(2).transpose(1, 2)
-    return empty_output(y, y.shape[-1], "token").copy_(y)
-
-
-def depthwise_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None,
-    size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str,
-) -> Tensor:
-    """Shape, dtype and strides of the result."""
-    OH, OW = out_size(size, window, pads)
-    return empty_output(x.new_empty((x.shape[0], OH * OW, 1)), x.shape[-1], "token")
+    return direct(x, weight[:, None], bias, size, window, pads, epilogue, "")
 
 
 def direct(
@@ -62,15 +51,16 @@ def direct(
     fn: Any = KERNELS.get(kernel)
     if fn is not None:
         return fn(x, weight, bias, size, window, pads)
-    y = ACTIVATIONS[epilogue].fn(F.conv2d(padded_picture(x, size, pads), weight, bias, window[2:])).flatten(2).transpose(1, 2)
+    y = F.conv2d(padded_picture(x, size, pads), weight, bias, window[2:], groups=x.shape[-1] // weight.shape[1])
+    y = ACTIVATIONS[epilogue].fn(y).flatten(2).transpose(1, 2)
     return empty_output(y, y.shape[-1], "token").copy_(y)
 
 
-def direct_fake(
+def weighted_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None,
     size: Sequence[int], window: Sequence[int], pads: Sequence[int], epilogue: str, kernel: str,
 ) -> Tensor:
-    """Shape, dtype and strides of the result."""
+    """Shape, dtype and strides of either's result."""
     OH, OW = out_size(size, window, pads)
     return empty_output(x.new_empty((x.shape[0], OH * OW, 1)), weight.shape[0], "token")
 
@@ -102,8 +92,8 @@ def pool_fake(x: Tensor, kernel: str) -> Tensor:
 
 
 _WHERE = "SymInt[] size, int[] window, int[] pads"
-DEPTHWISE = define("depthwise", f"Tensor x, Tensor weight, Tensor? bias, {_WHERE}, str epilogue", depthwise, depthwise_fake)
-DIRECT = define("direct", f"Tensor x, Tensor weight, Tensor? bias, {_WHERE}, str epilogue", direct, direct_fake)
+DEPTHWISE = define("depthwise", f"Tensor x, Tensor weight, Tensor? bias, {_WHERE}, str epilogue", depthwise, weighted_fake)
+DIRECT = define("direct", f"Tensor x, Tensor weight, Tensor? bias, {_WHERE}, str epilogue", direct, weighted_fake)
 PATCHES = define("patches", f"Tensor x, {_WHERE}", patches, patches_fake)
 POOL = define("pool", "Tensor x", pool, pool_fake)
 """The overloads that stand in graphs."""

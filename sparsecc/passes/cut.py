@@ -67,9 +67,12 @@ class Cutter:
             self._shorten(block, swapped, idx, places, count)
         y = block.y if p is None or rule.scale == "none" else self.routes.scale(block, rule, p, idx, swapped[source])
         self.routes.cuts[block.y] = idx, count
+        before = self.program.regions.get(source.name) if self.scattered.get(source, (None, None))[1] is idx else None
         out = self._scatter(block, source, idx, y, count)
         expected = 1 - fraction if fraction is not None else policy.value if policy.name == "ratio" and not rule.by_scores else None
         more = {"m": self.tokens} | ({} if expected is None else {"expected_kept": expected}) | ({} if seen is None else {"seen": seen})
+        if before is not None:  # its scatter is useless now, and goes
+            more["also"] = (*before.more.get("also", ()), before.name)
         what = f"skips {fraction:.0%} of tokens" if fraction is not None else f"tokens by {policy}"
         keys = "skipped tokens are keys in it" if rule.keys == "all" else "skipped tokens are no keys in it"
         self.program.regions[out.name] = Region(block.names[0], (), what, f"{rule}: {keys}", more=more)

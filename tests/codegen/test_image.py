@@ -137,9 +137,9 @@ def test_dense_meanings_agree_with_torch() -> None:
         full = torch.randn(3, C, *window[:2])
         all_channels = torch.ops.sparsecc.direct(pixels(x), full, None, size, window, pads, "relu6", "")
         close(all_channels, pixels(F.relu6(F.conv2d(padded, full, None, window[2:]))))
-        assert image_ops.direct_fake(pixels(x), full, None, size, window, pads, "", "").stride() == all_channels.stride()
+        assert image_ops.weighted_fake(pixels(x), full, None, size, window, pads, "", "").stride() == all_channels.stride()
         made = torch.ops.sparsecc.patches(pixels(x), size, window, pads, "")
         assert torch.equal(made, F.unfold(padded, window[:2], stride=window[2:]).transpose(1, 2))
         close(torch.ops.sparsecc.pool(pixels(x), ""), x.mean((2, 3)))
-        assert image_ops.depthwise_fake(pixels(x), weight, bias, size, window, pads, "", "").shape == y.shape
+        assert image_ops.weighted_fake(pixels(x), weight, bias, size, window, pads, "", "").shape == y.shape
         assert image_ops.patches_fake(pixels(x), size, window, pads, "").stride() == made.stride()

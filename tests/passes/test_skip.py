@@ -136,6 +136,8 @@ def test_prompts_without_padding_are_causal(schedule: list[float], keys: str) ->
         shown = {**inputs, "attention_mask": torch.ones(B, tokens, dtype=torch.long)}
         wanted = masked(model, shown, [static(shown, s) for s in schedule], keys)
         assert torch.allclose(compiled(**inputs).logits, wanted, atol=2e-5)
+    skipping = {r.name for r in compiled.explain().regions if "tokens" in r.pattern}
+    assert skipping == {f"model.layers.{i}" for i in range(3)}  # two of them share what they gather
 
 
 def test_skipping_tokens_neurons_and_weights_compose() -> None:
