@@ -71,7 +71,7 @@ class Explanation:
         sized = [(_bytes_of(r), whole) for r, whole in dense if whole is not None]
         return {
             "sparse": sum(map(is_sparse, self.regions)),
-            "dense": sum(bool(r.weights) and not is_sparse(r) for r in self.regions),
+            "dense": sum(_is_linear(r) and not is_sparse(r) for r in self.regions),
             "bytes": sum(packed for packed, _ in sized),
             "dense_bytes": sum(dense for _, dense in sized),
             "timed": len(timed),
@@ -128,6 +128,11 @@ def _dims_line(group: DimGroup) -> str:
         stay = f"{group.dead - group.dropped} dead ones stay" if group.dead > group.dropped else "some dead ones stay"
         text += f"; {stay}: {'; '.join(group.why)}"
     return text
+
+
+def _is_linear(region: Region) -> bool:
+    """Whether it has a weight, and is not a block some of whose tokens are skipped."""
+    return bool(region.weights) or not {"expected_kept", "observed_kept", "seen"} & region.more.keys()
 
 
 def is_sparse(region: Region) -> bool:
